@@ -1,0 +1,212 @@
+"""Writes what ``benchmarks/results/*.json`` hold into the marked parts of README.md: no figure is typed by hand.
+
+A part begins with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``; what lies between is replaced. A result
+that does not exist is not shown. ``--check`` writes nothing and exits with 1 where README.md is behind the results.
+
+``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
+``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
+one entry of ``test`` a seed.
+Every other file holds ``rows`` (`record.Row`).
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, ROOT
+
+README = ROOT / "README.md"
+FIGURES = ("clone", "startup", "data", "loop", "peer")
+"""Files of the figures' table in this order; others follow by name."""
+
+METRICS = {
+    "mae": ("MAE", "{:.3f}"),
+    "corr": ("Corr", "{:.3f}"),
+    "acc2_has0": ("Acc2 has0", "{:.1%}"),
+    "acc2_non0": ("Acc2 non0", "{:.1%}"),
+    "f1_has0": ("F1 has0", "{:.1%}"),
+    "f1_non0": ("F1 non0", "{:.1%}"),
+    "acc5": ("Acc5", "{:.1%}"),
+    "acc7": ("Acc7", "{:.1%}"),
+}
+"""Metric -> heading and format; accuracies are shares of one."""
+
+REFERENCES: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "official": [
+        ("majority class", {"acc2_has0": "55.2%"}),
+        ("TF-IDF + linear model, text", {"mae": "1.191", "corr": "0.516", "acc2_has0": "68.7%"}),
+        (
+            "MiniLM fine-tuned + MLP head, text alone (3 seeds)",
+            {
+                "mae": "0.789 ± 0.037",
+                "corr": "0.779 ± 0.001",
+                "acc2_has0": "81.5%",
+                "acc2_non0": "83.1%",
+                "acc7": "41.7%",
+            },
+        ),
+    ],
+    "poria": [
+        ("majority class", {"acc2_has0": "62.1%"}),
+        ("linear model, text + audio + vision", {"mae": "0.946", "corr": "0.627", "acc2_has0": "76.7%"}),
+        (
+            "MiniLM fine-tuned + MLP head, text alone (1 seed)",
+            {"mae": "0.705", "corr": "0.767", "acc2_has0": "82.9%", "acc2_non0": "84.5%"},
+        ),
+        (
+            "MiniLM fine-tuned, audio and vision concatenated (1 seed)",
+            {"mae": "0.758", "corr": "0.747", "acc2_has0": "79.1%", "acc2_non0": "81.3%"},
+        ),
+    ],
+}
+"""Points to compare with, measured once on the same files outside this project (acc2_has0: negative / non-negative)."""
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """name -> content of every result there is."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def sections(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Marked part -> its text."""
+    figures = {name: content for name, content in results.items() if content.get("rows")}
+    names = [*(n for n in FIGURES if n in figures), *(n for n in sorted(figures) if n not in FIGURES)]
+    return {
+        "real": real(results["real"]) if "real" in results else "",
+        "figures": figure_table([figures[name] for name in names]) if names else "",
+    }
+
+
+def real(content: dict[str, Any]) -> str:
+    """A table a split: mean ± standard deviation over seeds, the reference points below, the command of each row."""
+    parts = []
+    for split in content["splits"]:
+        shown = [m for m in METRICS if any(seed.get(m) is not None for run in split["runs"] for seed in run["test"])]
+        rows: list[Sequence[str]] = [
+            [
+                f"**{run['system']}** ({len(run['test'])} seeds)",
+                *(spread(m, [t.get(m) for t in run["test"]]) for m in shown),
+            ]
+            for run in split["runs"]
+        ]
+        rows += [[f"*{name}*", *(point.get(m, "") for m in shown)] for name, point in REFERENCES.get(split["name"], [])]
+        commands = "\n".join(run["command"] for run in split["runs"])
+        parts.append(
+            f"**{split['title']}**\n\n{table(['', *(METRICS[m][0] for m in shown)], rows)}\n\n"
+            f"<details><summary>commands, one a seed</summary>\n\n```\n{commands}\n```\n\n</details>"
+        )
+    parts.append(
+        "Test split, read once a run, of the epoch selected on validation; mean ± standard deviation over seeds. "
+        f"Rows in italics are reference points on the same files, not runs of this project. {provenance(content)}"
+    )
+    return "\n\n".join(parts)
+
+
+def spread(metric: str, values: Iterable[float | None]) -> str:
+    """Mean ± sample standard deviation; a single value stands alone, and no value (corr of a constant) leaves a gap."""
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    if not known:
+        return ""
+    style = METRICS[metric][1]
+    text = style.format(statistics.mean(known))
+    return text if len(known) == 1 else f"{text.removesuffix('%')} ± {style.format(statistics.stdev(known))}"
+
+
+def figure_table(contents: list[dict[str, Any]]) -> str:
+    """One row a figure, with the command and the file that holds everything measured."""
+    rows = []
+    for content in contents:
+        source = f"[`{content['command']}`](benchmarks/results/{content['name']}.json)"
+        rows += [[row["what"], measured(row), wanted(row), row["how"], source] for row in content["rows"]]
+    notes = "\n".join(f"- {content['name']}: {provenance(content)}" for content in contents)
+    return f"{table(['', 'measured', 'wanted', 'how', 'command and raw figures'], rows)}\n\n{notes}"
+
+
+def measured(row: dict[str, Any]) -> str:
+    """The value with its unit, to three significant digits."""
+    return f"{significant(row['value'])} {row['unit']}".strip()
+
+
+def wanted(row: dict[str, Any]) -> str:
+    """The bound, and a word where it does not hold."""
+    return row["wanted"] + (" (**missed**)" if row.get("met") is False else "")
+
+
+def significant(value: float) -> str:
+    """Three significant digits, thousands grouped, never an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def provenance(content: dict[str, Any]) -> str:
+    """Commit, date, machine and versions of one result."""
+    machine, versions = content["machine"], content["versions"]
+    used = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed", "ray") if name in versions)
+    changed = " with changes" if content.get("changed_since_commit") else ""
+    return (
+        f"Commit {content['commit']}{changed}, {content['date']}; {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gib']} GiB; {used}."
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; `|` in a cell is escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """`page` with the marked part `name` holding `text`.
+
+    Raises:
+        SystemExit: the page has no such part, or has it twice.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(
+            f"error: README.md must hold {begin} and {end} once each; add them where the {name} results belong"
+        )
+    body = f"\n{text.strip()}\n" if text.strip() else "\n"
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}{body}{end}", page, flags=re.DOTALL)
+
+
+def rendered(page: str, results: dict[str, dict[str, Any]]) -> str:
+    """`page` with every marked part renewed."""
+    for name, text in sections(results).items():
+        page = replaced(page, name, text)
+    return page
+
+
+def main(readme: Path = README) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the page is not up to date"
+    )
+    check = parser.parse_args().check
+    page = readme.read_text()
+    new = rendered(page, load())
+    if check:
+        if new != page:
+            print(
+                "README.md does not show what benchmarks/results holds: run python -m benchmarks.render",
+                file=sys.stderr,
+            )
+        return int(new != page)
+    readme.write_text(new)
+    print(f"{readme.name}: {'renewed' if new != page else 'unchanged'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

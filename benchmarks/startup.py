@@ -1,0 +1,93 @@
+"""Seconds until something happens: `mmsa-dist --help`, and `mmsa-dist train` until its first optimizer step.
+
+Each figure is the median over repeats after one warm-up (files in the page cache, MLflow's database made). The first
+step's time comes from the run folder, where rank 0 notes it; the start is when the command is started.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.record import ROOT, Row, record
+
+COMMAND = [sys.executable, "-m", "mmsa_dist"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+LAUNCHERS = {"ray": "Ray Train", "local": "the local launcher"}
+SAMPLES = 300
+"""Size of the data set; the time to the first step does not depend on it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each launcher after one warm-up")
+    parser.add_argument("--workers", type=int, default=2, help="ranks of each run")
+    options = parser.parse_args()
+    helps = [help_seconds() for _ in range(1 + 3 * options.repeats)][1:]
+    rows = [
+        Row(
+            what="`mmsa-dist --help`",
+            value=statistics.median(helps),
+            unit="s",
+            wanted="< 0.5 s",
+            how=f"median of {len(helps)} after 1",
+            met=statistics.median(helps) < 0.5,
+        )
+    ]
+    raw: dict[str, list[float]] = {"help": helps}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "shards"
+        pack = ["pack", "generated", "--like", "mosi", "--samples", str(SAMPLES), "--out", str(data)]
+        subprocess.run([*COMMAND, *pack], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        for launcher, name in LAUNCHERS.items():
+            times = [first_step_seconds(launcher, options.workers, data) for _ in range(1 + options.repeats)][1:]
+            raw[launcher] = times
+            rows.append(
+                Row(
+                    what=f"`mmsa-dist train` to the first step, {options.workers} ranks under {name}",
+                    value=statistics.median(times),
+                    unit="s",
+                    how=f"median of {len(times)} after 1",
+                )
+            )
+    for row in rows:
+        print(f"{row.what}: {row.value:.2f} {row.unit} ({row.how})")
+    record("startup", rows, raw={"seconds": raw})
+
+
+def help_seconds() -> float:
+    """Wall-clock of the installed console script, else of the module."""
+    script = Path(sys.executable).with_name("mmsa-dist")
+    command = [str(script)] if script.exists() else COMMAND
+    began = time.perf_counter()
+    subprocess.run([*command, "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def first_step_seconds(launcher: str, workers: int, data: Path) -> float:
+    """Starts a short run and gives the seconds from the command to rank 0's first step."""
+    runs = data.parent / f"runs-{launcher}"
+    before = set(runs.glob("*"))
+    train = ["train", "ufen_mtfn", "--data", str(data), "--runs-dir", str(runs), "--launcher", launcher]
+    options = ["--workers", str(workers), "--epochs", "1", "--register", "none"]
+    began = time.time()
+    done = subprocess.run(
+        [*COMMAND, *train, *options], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(train)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    (run,) = {path.parent.parent for path in runs.glob("*/events/rank-0.jsonl")} - before
+    for line in (run / "events" / "rank-0.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "first_step":
+            return float(event["time"]) - began
+    raise SystemExit(f"error: {run} notes no first step")
+
+
+if __name__ == "__main__":
+    main()

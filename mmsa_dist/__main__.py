@@ -1,0 +1,75 @@
+"""The front door: a table from subcommand to function, imported only when called.
+
+`mmsa-dist --help` imports nothing heavier than this file.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "pack": ("shards.cli:pack", "write a data set as WebDataset shards with an index"),
+    "inspect": ("shards.cli:inspect", "show what a packed data set holds"),
+    "verify": ("shards.cli:verify", "check every checksum of a packed data set"),
+    "systems": ("mmsa_dist.cli:systems", "list the systems that can be trained"),
+    "train": ("mmsa_dist.cli:train", "train a system, test it once, register it"),
+    "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),
+    "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
+    "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
+}
+
+USAGE = """usage: mmsa-dist COMMAND ...
+
+Distributed training of multimodal sentiment analysis.
+
+commands:
+{commands}
+
+First steps:
+  mmsa-dist pack generated --like mosi --out shards/mosi      synthetic data; `pack mmsa FILE.pkl` reads real features
+  mmsa-dist train ufen_mtfn --data shards/mosi --workers 2 --zero 2 --alias champion
+  mmsa-dist predict models:/ufen_mtfn@champion --data shards/mosi --out predictions.csv
+
+`mmsa-dist COMMAND --help` explains a command. Exit codes: 0 done, 2 the command or recipe is wrong, 3 the data is
+wrong, 4 training failed, 75 something outside failed and trying again may help, 143 stopped by a signal.
+Set MMSA_DEBUG=1 to see tracebacks."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and gives its exit code; every error that is the user's to mend is one sentence on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("mmsa-dist"))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        from mmsa_dist.suggest import nearest
+
+        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _, function = COMMANDS[name][0].partition(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(rest) or 0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:  # ours to mend: show where
+            traceback.print_exc()
+            return 1
+        if "MMSA_DEBUG" in os.environ:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

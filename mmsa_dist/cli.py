@@ -1,0 +1,126 @@
+"""`mmsa-dist train` and `mmsa-dist systems`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmsa_dist import run_folder
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.recipe import Recipe, differences, load_recipe, packaged, read_recipe
+
+TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [any value]
+       mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
+
+Trains SYSTEM on a packed data set, chooses the best epoch on validation, reads the test split once, and registers the
+model in MLflow. Leaves one folder, runs/<name>-<time>-<id>.
+
+  --recipe NAME|FILE   a packaged recipe (mosi, mosei, sims) or a YAML file; unset: the packaged one of the data set
+  --resume RUN         go on with an interrupted run; only what changes no result may differ (workers, ZeRO)
+  --runs-dir FOLDER    where run folders go (default: runs)
+  --name NAME          the run's name (default: the system's)
+  --print-config       print the resolved recipe and stop
+  --help               this text; after a SYSTEM: every value of its recipe
+
+The most used values:
+  --data FOLDER        what `mmsa-dist pack` wrote
+  --workers N          ranks (default 1)
+  --zero 0|1|2|3       ZeRO stage (default 1)
+  --launcher ray|local|torchrun
+  --epochs N           at most so many (default: the recipe's)
+  --batch-size N       samples per step over all ranks
+  --text.encoder PATH  read transcripts through a Hugging Face encoder: a local folder or a hub name
+  --optim.lr.text X    learning rates per group: text, audio, vision, rest
+  --register NAME      name in the model registry (default: the system's; `none` registers nothing)
+  --alias champion     move this alias to the new version
+  --tracking-uri URI   MLflow server (default: MLFLOW_TRACKING_URI, else a sqlite file beside the runs)
+
+Examples:
+  mmsa-dist train ufen_mtfn --data shards/mosi --workers 2 --zero 2
+  mmsa-dist train self_mm --data shards/mosi --text.encoder bert-base-uncased --optim.lr.text 3e-5
+  torchrun --nproc-per-node 2 -m mmsa_dist train self_mm --data shards/mosi --launcher torchrun"""
+
+
+def train(argv: list[str]) -> int:
+    """Entry of `mmsa-dist train`."""
+    system, options, overrides = _split(argv)
+    if system is None and not options.resume:
+        print(TRAIN_HELP)
+        return 0 if options.help else 2
+    if options.help:
+        overrides = [*overrides, "--help"]
+    if options.resume:
+        folder, recipe = _resumed(Path(options.resume), system, options.recipe, overrides)
+    else:
+        assert system is not None
+        folder, recipe = None, load_recipe(system, options.recipe, overrides)
+    if options.print_config:
+        print(yaml.safe_dump(recipe.dump(), sort_keys=False), end="")
+        return 0
+    from mmsa_dist import train as training
+
+    training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name)
+    return 0
+
+
+def _split(argv: list[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
+    """SYSTEM, our own options, and the recipe's overrides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--resume")
+    parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--name")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    system = argv[0] if argv and not argv[0].startswith("-") else None
+    try:
+        options, overrides = parser.parse_known_args(argv[1:] if system else argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; see mmsa-dist train --help") from error
+    return system, options, overrides
+
+
+def _resumed(folder: Path, system: str | None, recipe_file: str | None, overrides: list[str]) -> tuple[Path, Recipe]:
+    """The run to go on with and its recipe, changed only where that changes no result."""
+    saved = folder / "recipe.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"--resume {folder}: there is no run (no recipe.yaml); give a folder under runs/")
+    if (folder / "result.json").is_file():
+        raise ConfigError(f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}")
+    old = read_recipe(saved)
+    if system not in (None, old.system):
+        raise ConfigError(f"--resume {folder}: the run trains {old.system!r}, not {system!r}")
+    new = load_recipe(old.system, recipe_file or str(saved), overrides)
+    changed = differences(old, new)
+    if changed:
+        raise ConfigError(
+            f"--resume {folder}: the recipe differs where it would change results: {'; '.join(changed)}. "
+            "Train it as a new run instead"
+        )
+    run_folder.write_text(saved, yaml.safe_dump(new.dump(), sort_keys=False))
+    return folder.resolve(), new
+
+
+def systems(argv: list[str]) -> int:
+    """Entry of `mmsa-dist systems`."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            "usage: mmsa-dist systems\n\nLists the systems that can be trained, with their papers and packaged recipes."
+        )
+        return 0
+    if argv:
+        raise ConfigError(f"mmsa-dist systems takes no arguments, found {' '.join(argv)}")
+    from rich.table import Table
+
+    from mmsa_dist.systems import get_system, system_names
+    from shards.progress import console
+
+    table = Table("system", "paper", "labels", "packaged recipes")
+    for name in system_names():
+        cls: Any = get_system(name)
+        table.add_row(name, cls.paper, cls.labels, ", ".join(packaged(name)) or "-")
+    console.print(table)
+    print("mmsa-dist train SYSTEM --help shows every value of a system's recipe", file=sys.stderr)
+    return 0

@@ -1,0 +1,163 @@
+"""The configuration tree: strict, typed, each field with its help under it. A recipe only chooses.
+
+Configuration of one part lives here only where the part has no class of its own; a system's is `System.Config`.
+"""
+
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values are checked; nothing changes after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TextConfig(Strict):
+    """How text is read."""
+
+    encoder: str | None = None
+    """Hugging Face encoder: a local folder or a hub name. Unset: the data set's own text features are used."""
+    input: Literal["auto", "raw", "tokens"] = "auto"
+    """What the encoder reads: the transcript, or the data set's token ids. auto: the transcript where there is one."""
+    finetune: bool = True
+    """Train the encoder (with its own learning rate); otherwise it is frozen."""
+    pretrained: bool = True
+    """Load the encoder's weights; otherwise only its shape is used and its weights are random."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Longer texts are cut to this many tokens (special tokens included)."""
+
+
+class DataConfig(Strict):
+    """What is read and how it is cut into batches."""
+
+    path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = ""
+    """Folder that `mmsa-dist pack` wrote."""
+    modalities: tuple[Literal["text", "audio", "vision"], ...] | None = None
+    """Modalities to use. Unset: all that the data set has."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = Field(default=32, ge=1)
+    """Samples per optimizer step, over all ranks and accumulation: the same numbers at any number of workers."""
+    eval_batch_size: int = Field(default=64, ge=1)
+    """Samples per evaluation batch and rank. Does not change any result."""
+    readers: int = Field(default=1, ge=0)
+    """Threads per rank that prepare batches ahead; 0 reads in the training thread. Does not change any result."""
+    window: int = Field(default=8, ge=1)
+    """Shards that are shuffled together: memory-mapped files a rank holds open at a time."""
+    normalize: tuple[Literal["text", "audio", "vision"], ...] = ()
+    """Modalities standardised with the train split's mean and standard deviation, which the index holds."""
+
+
+class GroupValues(Strict):
+    """One value per parameter group."""
+
+    text: float
+    """The text encoder."""
+    audio: float
+    """The audio subnetwork."""
+    vision: float
+    """The vision subnetwork."""
+    rest: float
+    """Everything else."""
+
+
+class LabelConfig(Strict):
+    """Labels of the unimodal tasks."""
+
+    generator: str | None = None
+    """Label generator. Unset: the one of the system's paper."""
+    zero_is_positive: bool = False
+    """Count a label of exactly zero with the positive ones, instead of with neither."""
+
+
+class OptimConfig(Strict):
+    """The optimizer, its parameter groups and its schedule."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    """adam adds weight decay to the gradient, adamw decays the weights."""
+    lr: GroupValues = GroupValues(text=5e-5, audio=1e-3, vision=1e-3, rest=1e-3)
+    """Learning rate per group."""
+    weight_decay: GroupValues = GroupValues(text=0.01, audio=0.0, vision=0.0, rest=0.0)
+    """Weight decay per group; the text encoder's biases and layer norms get none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How learning rates go from their value to zero over the run, after the warm-up."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all steps over which learning rates rise from zero."""
+    clip: float = Field(default=0.0, ge=0)
+    """Greatest norm of the gradient; 0 does not clip."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches that a rank sums before a step; the global batch stays `data.batch_size`."""
+
+
+class TrainConfig(Strict):
+    """How long, and what is best."""
+
+    epochs: Annotated[int, tyro.conf.arg(aliases=["--epochs"])] = Field(default=30, ge=1)
+    """At most this many passes over the train split."""
+    patience: int = Field(default=8, ge=1)
+    """Stop after this many epochs without a better validation result."""
+    monitor: Literal["mae", "corr", "acc2_has0", "acc2_non0", "acc7", "acc2", "acc3", "acc5"] = "mae"
+    """Validation metric that chooses the best epoch."""
+    test: bool = True
+    """Read the test split, once, with the best epoch's weights, at the very end."""
+
+
+class EngineConfig(Strict):
+    """DeepSpeed."""
+
+    zero: Annotated[Literal[0, 1, 2, 3], tyro.conf.arg(aliases=["--zero"])] = 1
+    """ZeRO stage: 0 keeps all on every rank; 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of weights and activations; fp16 needs a GPU."""
+
+
+class LaunchConfig(Strict):
+    """Where the ranks run."""
+
+    workers: Annotated[int, tyro.conf.arg(aliases=["--workers"])] = Field(default=1, ge=1)
+    """Number of ranks."""
+    launcher: Annotated[Literal["ray", "local", "torchrun"], tyro.conf.arg(aliases=["--launcher"])] = "ray"
+    """ray: Ray Train. local: processes of this machine. torchrun: this process is one rank that torchrun started."""
+    address: Annotated[str | None, tyro.conf.arg(aliases=["--address"])] = None
+    """Ray cluster to join (`auto`, or host:port). Unset: the cluster this process runs in, else one of its own."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPUs a rank reserves in the Ray cluster; also its number of computing threads."""
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs a rank reserves."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often ranks that died are started again from the last checkpoint."""
+    timeout: float = Field(default=1800.0, gt=0)
+    """Seconds after which a collective that does not return is an error."""
+
+
+class CheckpointConfig(Strict):
+    """What is kept of a run on the way."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Save after this many steps too, not only at the end of an epoch."""
+    keep: int = Field(default=1, ge=1)
+    """Newest checkpoints kept, beside the best one."""
+
+
+class TrackingConfig(Strict):
+    """MLflow."""
+
+    enabled: bool = True
+    """Record the run in MLflow."""
+    uri: Annotated[str | None, tyro.conf.arg(aliases=["--tracking-uri"])] = None
+    """Tracking server. Unset: MLFLOW_TRACKING_URI, else a sqlite file in the folder of the runs."""
+    experiment: str | None = None
+    """Experiment. Unset: the data set's name."""
+    register_as: Annotated[str | None, tyro.conf.arg(aliases=["--register"])] = None
+    """Name of the registered model. Unset: the system's name. `none` registers nothing."""
+    alias: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--alias"])] = ()
+    """Aliases to move to the new version, e.g. champion."""
+    parent: str | None = None
+    """Run that this run is a child of."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Tags of the run."""

@@ -1,0 +1,261 @@
+"""DeepSpeed behind five calls: step, predict, state, load_weights, close.
+
+The loop knows nothing of ZeRO: at every stage and number of ranks one step over the same global batch gives the
+same loss and the same update.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmsa_dist import portable
+from mmsa_dist.config import EngineConfig, OptimConfig
+from mmsa_dist.errors import ConfigError, TrainingError
+from mmsa_dist.systems.base import GROUPS, Prediction, System
+from shards.batch import Batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: the global batch's loss, its parts, the learning rates used and the gradient's norm."""
+
+    loss: float
+    parts: dict[str, float]
+    lr: dict[str, float]
+    grad_norm: float | None
+    predictions: list[Prediction]
+
+
+def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Optimizer groups of the papers: text (decay / no decay), audio, vision, rest; each parameter in exactly one.
+
+    Biases and normalisation weights of the text encoder get no weight decay. Frozen parameters are in no group.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in system.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = system.parameter_group(name)
+        if kind not in GROUPS:
+            raise ConfigError(
+                f"system {system.name!r} puts parameter {name!r} into group {kind!r}, expected one of {GROUPS}"
+            )
+        bare = kind == "text" and (parameter.ndim < 2)  # biases, layer norms
+        label = f"{kind}_no_decay" if bare else kind
+        group = groups.setdefault(
+            label,
+            {
+                "name": label,
+                "params": [],
+                "lr": getattr(optim.lr, kind),
+                "base_lr": getattr(optim.lr, kind),
+                "weight_decay": 0.0 if bare else getattr(optim.weight_decay, kind),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """step (from 0) -> factor of every learning rate. A function of the step alone, so there is no state to lose."""
+    warm = round(optim.warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        progress = min(1.0, (step - warm) / max(1, total_steps - warm))
+        if optim.schedule == "linear":
+            return 1.0 - progress
+        if optim.schedule == "cosine":
+            return 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
+        return 1.0
+
+    return factor
+
+
+class Engine:
+    """A system under DeepSpeed.
+
+    Args:
+        system: freshly built, on the CPU, the same on every rank.
+        micro_batch: samples of a rank's micro-batch, for DeepSpeed's own arithmetic.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        state: what `state()` gave, at any number of ranks and any stage; None starts anew.
+
+    Raises:
+        ConfigError: a precision that the device or stage lacks.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        optim: OptimConfig,
+        config: EngineConfig,
+        *,
+        micro_batch: int,
+        total_steps: int,
+        state: portable.State | None = None,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # compiling the shared-memory collective takes 20 s and a compiler, and gains nothing at these sizes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.device = _device()
+        _check_precision(config, self.device)
+        self.system = system
+        self.stage = config.zero
+        self.dtype = DTYPES[config.precision]
+        self.factor = schedule(optim, total_steps)
+        self.accumulation = optim.accumulation
+        if state is not None:  # before initialize, which copies the weights into its partitions
+            portable.load_module(system, state.weights)
+        groups = parameter_groups(system, optim)
+        kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+        optimizer = kind(groups, betas=optim.betas, eps=optim.eps)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=system,
+            optimizer=optimizer,
+            config=_deepspeed_config(optim, config, micro_batch),
+            dist_init_required=False,
+        )
+        if state is not None:
+            portable.load_optimizer(self.engine, system, self.stage, state)
+        self.steps = 0 if state is None else state.step
+
+    def step(self, batches: Sequence[Batch], loss_of: Callable[[Prediction, Batch], Any]) -> Step:
+        """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.
+
+        Raises:
+            TrainingError: the loss is not finite on some rank; no rank has stepped.
+        """
+        self.engine.train()
+        lr = self._set_learning_rates()
+        total: Tensor | None = None
+        predictions: list[Prediction] = []
+        names: list[str] = []
+        for i, batch in enumerate(batches):
+            prediction = self._forward(batch)
+            losses = loss_of(prediction, batch)
+            names = list(losses.parts)
+            row = torch.stack([losses.total.detach(), *losses.parts.values()]).float()
+            total = row if total is None else total + row
+            predictions.append(prediction)
+            last = i == len(batches) - 1
+            self.engine.backward(losses.total)
+            if last:
+                total = self._agree(total / len(batches), batches)
+            self.engine.step()
+        self.steps += 1
+        assert total is not None
+        values = total.tolist()
+        norm = self.engine.get_global_grad_norm()
+        norm = None if norm is None else float(norm)
+        if norm is not None and norm != norm:
+            raise TrainingError(f"step {self.steps}: the gradient is not finite though the loss is ({values[0]:g})")
+        return Step(values[0], dict(zip(names, values[1:], strict=True)), lr, norm, predictions)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Prediction:
+        """The system's answer without dropout; every rank must call it equally often."""
+        self.engine.eval()
+        return self._forward(batch)
+
+    def state(self) -> portable.State | None:
+        """Weights and optimizer state by parameter name, whole, on rank 0 (None elsewhere). A collective call."""
+        return portable.gather(self.engine, self.system, self.stage, self.steps)
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replaces the weights for evaluation; the optimizer is left behind, so no step may follow."""
+        portable.replace_weights(self.system, self.stage, weights)
+
+    def close(self) -> None:
+        """Frees DeepSpeed's hooks; ZeRO-3 may abort at exit otherwise."""
+        self.engine.destroy()
+
+    def _forward(self, batch: Batch) -> Prediction:
+        batch = batch.to(self.device)
+        if self.dtype != torch.float32:
+            values = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.values.items()}
+            batch = _replace_values(batch, values)
+        prediction: Prediction = self.engine(batch)
+        if self.dtype == torch.float32:
+            return prediction
+        return Prediction(
+            {k: v.float() for k, v in prediction.tasks.items()}, {k: v.float() for k, v in prediction.features.items()}
+        )
+
+    def _set_learning_rates(self) -> dict[str, float]:
+        factor = self.factor(self.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
+
+    def _agree(self, row: Tensor, batches: Sequence[Batch]) -> Tensor:
+        """The mean over ranks of the loss and its parts: one small all-reduce, which also tells if all are finite."""
+        mean = row / dist.get_world_size()
+        dist.all_reduce(mean)
+        if not bool(torch.isfinite(mean).all()):
+            own = "this rank's loss is finite" if bool(torch.isfinite(row).all()) else f"keys {_keys(batches)}"
+            raise TrainingError(
+                f"step {self.steps + 1}: the loss is not finite ({own}); no rank has stepped and no checkpoint was "
+                "written. Lower the learning rates (--optim.lr.*), clip the gradient (--optim.clip 1) or look "
+                "at these samples"
+            )
+        return mean
+
+
+def _keys(batches: Sequence[Batch]) -> str:
+    keys = [key for batch in batches for key in batch.keys]
+    return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def _replace_values(batch: Batch, values: dict[str, Tensor]) -> Batch:
+    from dataclasses import replace
+
+    return replace(batch, values=values)
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _check_precision(config: EngineConfig, device: torch.device) -> None:
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision: fp16 needs a GPU, and this rank computes on the CPU; use bf16 or fp32")
+    if config.precision != "fp32" and config.zero == 0:
+        raise ConfigError(
+            f"engine.zero: {config.precision} needs ZeRO 1, 2 or 3 here; use --zero 1, which also saves memory"
+        )
+
+
+def _deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": optim.accumulation,
+        "gradient_clipping": optim.clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.zero},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+    }
+
+
+def count_parameters(system: nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters, also where ZeRO-3 has partitioned them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in system.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

@@ -1,0 +1,70 @@
+"""Distributed evaluation: each sample once, metrics over all of them, the same on every rank.
+
+A batch holds the same samples whatever the number of ranks, and metrics are computed over predictions sorted by sample
+number, so they do not depend on the number of ranks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mmsa_dist import metrics
+from mmsa_dist.errors import TransientError
+from mmsa_dist.session import Session
+from shards.plan import EvaluationPlan
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """numbers (N,) sorted; truth, predicted (N,) float32; metrics: name -> value, None where undefined."""
+
+    numbers: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+    metrics: dict[str, float | None]
+
+
+def evaluate(session: Session, split: str) -> Evaluation:
+    """Predicts `split` on all ranks. A collective call."""
+    plan = EvaluationPlan(session.index, split, session.recipe.data.eval_batch_size)
+    rows = []
+    for batch in session.loader.evaluate(plan, session.rank, session.world):
+        predicted = session.engine.predict(batch).tasks["M"].double().cpu()
+        rows.append(
+            torch.stack([batch.numbers.double(), batch.labels["M"].double(), predicted, batch.weight.double()], dim=1)
+        )
+    table = gather_rows(torch.cat(rows), session.engine.device).numpy()
+    table = table[table[:, 3] > 0]
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    truth, predicted = table[:, 1].astype(np.float32), table[:, 2].astype(np.float32)
+    return Evaluation(table[:, 0].astype(np.int64), truth, predicted, metrics.evaluate(session.kind, truth, predicted))
+
+
+def gather_rows(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows of all ranks, rank after rank, on every rank's CPU; each rank brings equally many columns."""
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device))
+    longest = max(int(n) for n in sizes)
+    padded = torch.zeros(longest, rows.shape[1], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    parts = [torch.zeros_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)]).cpu()
+
+
+def save_predictions(session: Session, split: str, evaluation: Evaluation) -> None:
+    """``predictions/<split>.npz``: numbers, key, y, p."""
+    keys = np.array([session.loader.reader.key(int(n)) for n in evaluation.numbers], dtype=np.str_)
+    target: Path = session.folder / "predictions" / f"{split}.npz"
+    partial = target.with_name(f".{target.name}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, numbers=evaluation.numbers, key=keys, y=evaluation.truth, p=evaluation.predicted)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TransientError(f"{target}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,21 @@
+"""Unimodal labels: the data set's own, or made while training. Importing this registers those that come with it."""
+
+from mmsa_dist.label_generators.base import (
+    LabelGenerator,
+    get_label_generator,
+    label_generator,
+    label_generator_names,
+    make_generator,
+)
+from mmsa_dist.label_generators.none import NoLabelGenerator
+from mmsa_dist.label_generators.ulgm import ULGM
+
+__all__ = [
+    "ULGM",
+    "LabelGenerator",
+    "NoLabelGenerator",
+    "get_label_generator",
+    "label_generator",
+    "label_generator_names",
+    "make_generator",
+]

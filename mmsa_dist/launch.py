@@ -1,0 +1,294 @@
+"""Starts ranks, starts them again when they die, and says why when they cannot.
+
+Three ways to run the same rank: Ray Train, processes of this machine, or torchrun (then this process is a rank).
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist import run_folder
+from mmsa_dist.errors import ConfigError, MmsaError, TrainingError, TransientError
+from mmsa_dist.recipe import Recipe, from_dict
+
+RANK_ENVIRONMENT = {
+    # two ranks on two cores must not spin at barriers: one epoch was seen to take 1 to 42 s so
+    "GOMP_SPINCOUNT": "0",
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DEEPSPEED_LOG_LEVEL": "warning",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Trains in `folder` with the launcher of the recipe, restarting ranks that died, and gives the result.
+
+    Raises:
+        MmsaError: of a rank, as its sentence; TransientError after more than ``launch.max_failures`` deaths.
+    """
+    start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
+    for attempt in range(recipe.launch.max_failures + 1):
+        shutil.rmtree(folder / "failures", ignore_errors=True)
+        outcome = start(recipe, folder, attempt)
+        if (folder / "result.json").is_file():
+            return dict(run_folder.read_json(folder / "result.json"))
+        error = diagnose(folder, outcome)
+        if not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
+            raise error
+        print(
+            f"{error}; starting again from the last checkpoint ({attempt + 1} of {recipe.launch.max_failures})",
+            file=sys.stderr,
+        )
+    raise AssertionError("unreachable")
+
+
+def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
+    """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
+    check_cpus(recipe, _own_cpus(), "this machine")
+    world = recipe.launch.workers
+    rendezvous = Path(tempfile.mkdtemp(prefix="mmsa-")) / "rendezvous"
+    processes: list[subprocess.Popen[bytes]] = []
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    try:
+        for rank in range(world):
+            environment = {
+                **os.environ,
+                **RANK_ENVIRONMENT,
+                "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MMSA_RENDEZVOUS": str(rendezvous),
+                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+                "PYTHONUNBUFFERED": "1",
+            }
+            with (logs / f"rank-{rank}.log").open("ab") as log:
+                command = [sys.executable, "-m", "mmsa_dist.worker", str(folder)]
+                processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                )
+        return _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+        for process in processes:
+            process.wait()
+        shutil.rmtree(rendezvous.parent, ignore_errors=True)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
+    """Until all ranks ended well, or one did not: peers get two seconds to say what they saw."""
+    while True:
+        codes = [process.poll() for process in processes]
+        bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
+        if bad:
+            rank, code = bad[0]
+            deadline = time.monotonic() + 2
+            while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                time.sleep(0.05)
+            if code is not None and code < 0:
+                return f"rank {rank} was ended by {signal.Signals(-code).name}"
+            return f"rank {rank} ended with exit code {code}"
+        if all(code == 0 for code in codes):
+            return ""
+        time.sleep(0.05)
+
+
+def run_ray(recipe: Recipe, folder: Path, attempt: int) -> str:
+    """Ranks as Ray Train workers, in a cluster that is there or one of our own."""
+    import ray
+
+    connect(recipe)
+    check_cpus(recipe, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster", recipe.launch.gpus_per_worker)
+    try:
+        trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{attempt}")
+        trainer.fit()
+    except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
+        return f"Ray Train: {type(error).__name__}: {first_line(str(error))}"
+    return ""
+
+
+def ray_trainer(recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (), report: bool = False) -> Any:
+    """A TorchTrainer whose workers run `worker.run_rank`.
+
+    Args:
+        report: every rank reports each epoch's numbers to Ray, for a sweep that prunes.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    launch = recipe.launch
+    resources = {"CPU": float(launch.cpus_per_worker)}
+    if launch.gpus_per_worker:
+        resources["GPU"] = launch.gpus_per_worker
+    return TorchTrainer(
+        train_function,
+        train_loop_config={"recipe": recipe.dump(), "folder": str(folder), "report": report},
+        torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=int(launch.timeout)),
+        scaling_config=ScalingConfig(
+            num_workers=launch.workers, use_gpu=bool(launch.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=0),  # `run` decides: what cannot succeed is not tried again
+            callbacks=list(callbacks) or None,
+        ),
+    )
+
+
+def train_function(config: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    import ray.train
+
+    from mmsa_dist.worker import run_rank
+
+    context = ray.train.get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+
+    def report(summary: dict[str, Any]) -> None:
+        ray.train.report({name: value for name, value in summary.items() if isinstance(value, int | float)})
+
+    recipe = from_dict(config["recipe"])
+    run_rank(
+        Path(config["folder"]),
+        recipe,
+        context.get_world_rank(),
+        context.get_world_size(),
+        report if config["report"] else None,
+    )
+
+
+def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
+    """Joins the Ray cluster of the recipe or of the environment, else starts one here, on the loopback interface.
+
+    Raises:
+        ConfigError: more workers than this machine has CPUs. TransientError: the address does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # `report` waits for the controller's poll
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = recipe.launch.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        check_cpus(recipe, _own_cpus(), "this machine", recipe.launch.gpus_per_worker)
+    elif address != "auto":
+        check_address(address)
+    environment = {**RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker)}
+    local: dict[str, Any] = {}
+    if address is None:
+        local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+    try:
+        ray.init(
+            address=address or "local",
+            runtime_env={"env_vars": environment},
+            logging_level="error",
+            log_to_driver=False,
+            **local,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TransientError(
+            f"launch.address: no Ray cluster answers at {address or 'this machine'}: {reason}; "
+            "start one (ray start --head) or leave the address out"
+        ) from error
+
+
+def check_address(address: str) -> None:
+    """Whether anything listens at ``host:port`` or ``ray://host:port``; Ray itself would try for minutes."""
+    import socket
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"launch.address: {address!r} is not host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise TransientError(
+            f"launch.address: no Ray cluster answers at {address}: {error.strerror or error}; "
+            "start one (ray start --head) or leave the address out"
+        ) from error
+
+
+def check_cpus(recipe: Recipe, cpus: int, where: str, gpus_wanted: float = 0.0) -> None:
+    """Says at once that a request cannot run, where Ray would wait for ever.
+
+    Raises:
+        ConfigError: more CPUs asked for than there are.
+    """
+    launch = recipe.launch
+    needed = launch.workers * launch.cpus_per_worker
+    if needed > cpus:
+        raise ConfigError(
+            f"launch.workers: {launch.workers} workers x {launch.cpus_per_worker} CPUs need {needed} CPUs, "
+            f"{where} has {cpus}; use --workers {max(1, cpus // launch.cpus_per_worker)} "
+            "or a larger cluster (--address)"
+        )
+
+
+def _own_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def diagnose(folder: Path, outcome: str) -> MmsaError:
+    """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
+    entries = []
+    for path in sorted((folder / "failures").glob("*.json")) if (folder / "failures").is_dir() else []:
+        try:
+            entries.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError:
+            continue
+    own = [entry for entry in entries if entry["exit_code"] is not None]
+    if own:
+        kinds = {cls.exit_code: cls for cls in (ConfigError, TransientError, TrainingError)}
+        from mmsa_dist.errors import DataError
+
+        kinds[DataError.exit_code] = DataError
+        return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
+    bugs = [entry for entry in entries if not _of_a_peer(entry)]
+    if bugs:
+        first = bugs[0]
+        return TrainingError(
+            f"rank {first['rank']} failed: {first['type']}: {first_line(first['message'])}; "
+            f"its traceback is in {folder / 'failures'}"
+        )
+    seen = outcome or "the ranks ended without a result"
+    return TransientError(f"{seen}; what the ranks printed is in {folder / 'logs'}")
+
+
+def first_line(text: str) -> str:
+    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
+
+
+PEER_DIED = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "gloo",
+    "nccl",
+    "broken pipe",
+    "timed out",
+    "workergroup",
+)
+
+
+def _of_a_peer(entry: dict[str, Any]) -> bool:
+    """Whether a rank failed only because another one was gone."""
+    text = f"{entry['type']} {entry['message']}".lower()
+    return entry["type"] in ("SystemExit", "KeyboardInterrupt") or any(mark in text for mark in PEER_DIED)

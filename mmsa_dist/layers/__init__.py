@@ -1,0 +1,1 @@
+"""Bricks that systems share. Every one honours lengths: what stands in padding never changes a result."""

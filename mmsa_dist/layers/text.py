@@ -1,0 +1,195 @@
+"""How a system reads text: the data set's own features, or a Hugging Face encoder over token ids.
+
+Nothing is fetched for a local folder, and only safetensors weights are loaded. `transformers` is imported where an
+encoder is used, nowhere else.
+
+Shapes: B batch, T tokens or steps, D width.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmsa_dist.config import TextConfig
+from mmsa_dist.errors import ConfigError, DataError
+from mmsa_dist.layers.hub import encoder_config, load_encoder, load_tokenizer
+from shards.batch import Batch
+from shards.utterance import Utterance
+
+TokenIds = Callable[[list[Utterance]], list[np.ndarray | None]]
+"""Utterances -> (T,) int64 token ids of each; None where it has no text."""
+
+
+class TextSpec(Protocol):
+    """The part of `systems.DataSpec` that a text reader needs."""
+
+    @property
+    def widths(self) -> Any: ...
+    @property
+    def text(self) -> TextConfig | None: ...
+
+
+class HasText(Protocol):
+    """The part of `shards.index.Index` that says what text there is."""
+
+    name: str
+    has_raw_text: bool
+    has_tokens: bool
+
+
+def text_reader(spec: TextSpec) -> nn.Module:
+    """The module that gives a system its text: it has ``width`` and maps a Batch to (B, T, D).
+
+    Raises:
+        ConfigError: the encoder cannot be loaded; says why.
+    """
+    if spec.text is None or spec.text.encoder is None:
+        return TextFeatures(spec.widths["text"])
+    return TextEncoder(spec.text)
+
+
+class TextFeatures(nn.Module):
+    """The data set's own text features, as they are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, batch: Batch) -> Tensor:
+        return batch.values["text"]
+
+
+class TextEncoder(nn.Module):
+    """A Hugging Face encoder: token ids to its last layer's states.
+
+    Its pooler, which nothing here reads, is not built. Frozen, it stays in evaluation mode and keeps no graph.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        assert config.encoder is not None
+        self.finetune = config.finetune
+        self.model = load_encoder(config.encoder, config.pretrained)
+        self.model.requires_grad_(config.finetune)
+        self.width = hidden_size(self.model.config, config.encoder)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        super().train(mode)
+        self.model.train(mode and self.finetune)
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        with nullcontext() if self.finetune else torch.no_grad():
+            return self.model(input_ids=batch.values["text"], attention_mask=batch.mask("text")).last_hidden_state
+
+
+def encoder_width(text: TextConfig) -> int:
+    """D of the encoder that `text` names; reads its configuration only.
+
+    Raises:
+        ConfigError: no such encoder.
+    """
+    assert text.encoder is not None
+    return hidden_size(encoder_config(text.encoder), text.encoder)
+
+
+def hidden_size(config: Any, encoder: str) -> int:
+    """D from a Hugging Face configuration, under whichever name its architecture gives it."""
+    for name in ("hidden_size", "d_model", "dim", "n_embd"):
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    raise ConfigError(
+        f"text.encoder: {encoder} ({config.model_type}) does not say its width; choose a text encoder such as BERT"
+    )
+
+
+def text_ids(text: TextConfig, index: HasText) -> TokenIds:
+    """What turns utterances into token ids: a tokenizer over transcripts, or the data set's stored ids.
+
+    Raises:
+        ConfigError: the data has neither, or not the one that ``text.input`` asks for, or the encoder has no tokenizer.
+    """
+    assert text.encoder is not None
+    has = {"raw": index.has_raw_text, "tokens": index.has_tokens}
+    wanted = text.input if text.input != "auto" else "raw" if index.has_raw_text else "tokens"
+    if not has[wanted]:
+        needed = (
+            "a transcript or token ids"
+            if text.input == "auto"
+            else {"raw": "a transcript", "tokens": "token ids"}[wanted]
+        )
+        other = next((name for name, there in has.items() if there), None)
+        remedy = f"set text.input={other}" if other else "unset text.encoder to use the data set's text features"
+        raise ConfigError(f"text.encoder: {text.encoder} needs {needed}, which data set {index.name!r} lacks; {remedy}")
+    config = encoder_config(text.encoder)
+    limit = positions(config)
+    if limit is not None and text.max_tokens > limit:
+        raise ConfigError(
+            f"text.max_tokens: {text.max_tokens} is more than the {limit} positions of {text.encoder}; lower it"
+        )
+    if wanted == "tokens":
+        return StoredIds(text.max_tokens, config.vocab_size, text.encoder)
+    return Tokenizer(text.encoder, text.max_tokens)
+
+
+def positions(config: Any) -> int | None:
+    """Longest input of an encoder, None where its architecture sets no bound."""
+    bound = getattr(config, "max_position_embeddings", None)
+    if not isinstance(bound, int) or bound <= 0:
+        return None
+    # RoBERTa and its kin number positions from pad_token_id + 1
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+    return bound - offset
+
+
+class StoredIds:
+    """The token ids that the data set came with."""
+
+    def __init__(self, max_tokens: int, vocabulary: int, encoder: str) -> None:
+        self.max_tokens = max_tokens
+        self.vocabulary = vocabulary
+        self.encoder = encoder
+
+    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray | None]:
+        """Raises DataError for an id that the encoder's vocabulary does not have."""
+        return [self._ids(utterance) for utterance in utterances]
+
+    def _ids(self, utterance: Utterance) -> np.ndarray | None:
+        if utterance.tokens is None or not len(utterance.tokens):
+            return None
+        ids = utterance.tokens.astype(np.int64)
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
+            raise DataError(
+                f"{utterance.key}: token id {wrong} is not among the {self.vocabulary} of {self.encoder}; "
+                "name the encoder whose tokenizer made the ids, or set text.input=raw"
+            )
+        if len(ids) > self.max_tokens:
+            ids = np.append(ids[: self.max_tokens - 1], ids[-1])  # keeps the closing special token
+        return ids
+
+
+class Tokenizer:
+    """Transcripts to token ids with the encoder's own fast tokenizer.
+
+    It goes through the tokenizer's Rust core, set up once: the Python layer above changes that core's state on every
+    call, which fails when several reading threads share it.
+    """
+
+    def __init__(self, encoder: str, max_tokens: int) -> None:
+        # a rank has the threads it was given; a second pool per rank would fight for the same cores
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.core = load_tokenizer(encoder)
+        self.core.no_padding()
+        self.core.enable_truncation(max_length=max_tokens)
+
+    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray | None]:
+        texts = [utterance.raw_text for utterance in utterances]
+        codes = iter(self.core.encode_batch([text for text in texts if text is not None]))
+        return [None if text is None else np.asarray(next(codes).ids, dtype=np.int64) for text in texts]

@@ -1,0 +1,142 @@
+"""The training loop, on one page. Every rank runs it; it knows neither Ray nor MLflow nor ZeRO."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist.evaluation import evaluate, save_predictions
+from mmsa_dist.run_folder import Events
+from mmsa_dist.session import Session
+from mmsa_dist.tracking import Tracker
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain values, saved with every checkpoint.
+
+    Attributes:
+        epoch: from 1. step: optimizer steps taken in it.
+        loss_sum: of the epoch's steps so far. best_*: the best validation result yet. stale: epochs since then.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    loss_sum: float = 0.0
+    best_value: float | None = None
+    best_epoch: int = 0
+    best_step: int = 0
+    stale: int = 0
+
+
+def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> dict[str, Any]:
+    """Trains to the end, tests once, and gives ``result.json``'s content."""
+    recipe, engine, generator = session.recipe, session.engine, session.generator
+    state = Progress(**session.progress)
+    began = time.monotonic()
+
+    while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
+        plan = session.plan(state.epoch)
+        steps = session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, state.step)
+        for batches in steps:
+            seed_step(recipe.seed, engine.steps, session.rank)
+            batches = [batch.to(engine.device) for batch in batches]
+            done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b)))
+            generator.observe(state.epoch, batches, done.predictions)
+            state.step += 1
+            state.loss_sum += done.loss
+            events.step(state.epoch, state.step, plan.num_steps, done.loss)
+            if (
+                recipe.checkpoint.every_steps
+                and engine.steps % recipe.checkpoint.every_steps == 0
+                and state.step < plan.num_steps
+            ):
+                save(session, state)
+        generator.end_epoch()
+        valid = evaluate(session, "valid").metrics
+        value = valid[recipe.train.monitor]
+        if metrics.is_better(recipe.train.monitor, value, state.best_value):
+            state.best_value, state.best_epoch, state.best_step, state.stale = value, state.epoch, engine.steps, 0
+        else:
+            state.stale += 1
+        summary = {
+            "epoch": state.epoch, "step": engine.steps, "train_loss": state.loss_sum / plan.num_steps,
+            "parts": done.parts, "grad_norm": done.grad_norm, "lr": done.lr, "valid": valid,
+            "best_epoch": state.best_epoch, "seconds": time.monotonic() - began,
+        }  # fmt: skip
+        events.write("epoch", **summary)
+        tracker.epoch(flat(summary), engine.steps)
+        state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+        save(session, state)
+        report(flat(summary))
+    return finish(session, state, events)
+
+
+def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
+    """The best epoch's weights: kept, evaluated on validation and, once, on the test split."""
+    best = checkpoint.step_folder(session.folder / "checkpoints", state.best_step) / "weights.safetensors"
+    session.engine.load_weights(load_file(best))
+    result: dict[str, Any] = {
+        "system": session.recipe.system, "data": session.index.name, "synthetic": session.index.synthetic,
+        "fingerprint": session.index.fingerprint, "selected_on": f"validation {session.recipe.train.monitor}",
+        "best_epoch": state.best_epoch, "epochs": state.epoch - 1, "steps": session.engine.steps,
+    }  # fmt: skip
+    splits = ["valid", *(["test"] if session.recipe.train.test and session.index.splits.get("test") else [])]
+    for split in splits:
+        evaluation = evaluate(session, split)
+        result[split] = evaluation.metrics
+        if session.rank == 0:
+            save_predictions(session, split, evaluation)
+    if session.rank == 0:
+        keep_best(best, session.folder / "best")
+        run_folder.write_json(session.folder / "result.json", result)  # last: a run with a result is a finished one
+    events.write("end", **result)
+    return result
+
+
+def save(session: Session, state: Progress) -> None:
+    """One checkpoint; all ranks gather it, rank 0 writes it."""
+    whole = session.engine.state()
+    if whole is None:
+        return
+    content = checkpoint.Checkpoint(whole, session.generator.state_dict(), asdict(state))
+    checkpoint.save(session.folder / "checkpoints", content, session.recipe.checkpoint.keep, state.best_step or None)
+
+
+def keep_best(weights: Path, folder: Path) -> None:
+    """``best/weights.safetensors``: a link to the checkpoint's, or a copy where links are not to be had."""
+    folder.mkdir(exist_ok=True)
+    target = folder / "weights.safetensors"
+    target.unlink(missing_ok=True)
+    try:
+        os.link(weights, target)
+    except OSError:
+        shutil.copyfile(weights, target)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's randomness as a function of (seed, step, rank): a restart needs no generator state."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def flat(summary: dict[str, Any]) -> dict[str, Any]:
+    """The epoch's numbers under plain names: valid_mae, loss_T, lr_text, …"""
+    prefixes = {"valid": "valid_", "parts": "loss_", "lr": "lr_"}
+    numbers: dict[str, Any] = {}
+    for name, value in summary.items():
+        if name in prefixes:
+            numbers.update({prefixes[name] + key: number for key, number in value.items()})
+        else:
+            numbers[name] = value
+    return numbers

@@ -1,0 +1,178 @@
+"""Weights and optimizer state by parameter name: the form that loads at any number of ranks and any ZeRO stage.
+
+DeepSpeed's own checkpoints load at the same number of ranks only, and its universal ones train wrongly at stage 3.
+This file is the only one that touches DeepSpeed's private names; a test over pairs of stages and ranks watches them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmsa_dist.errors import DataError
+from mmsa_dist.systems.base import System
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class State:
+    """What training needs to go on.
+
+    Attributes:
+        step: optimizer steps taken.
+        weights: name -> fp32 tensor, whole; buffers included.
+        moments: ``exp_avg`` and ``exp_avg_sq`` -> name -> fp32 tensor, whole; frozen parameters have none.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def gather(engine: Any, system: System, stage: int, step: int) -> State | None:
+    """Whole weights and moments on rank 0, None elsewhere. Every rank must call it.
+
+    Each tensor is gathered and let go on the other ranks at once: they hold one whole parameter at a time.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    first = dist.get_rank() == 0
+    state = State(step, {}, {key: {} for key in MOMENTS})
+    if stage in (1, 2) and step > 0:
+        _link_moments(engine.optimizer)
+    for name, parameter in system.named_parameters():
+        if not parameter.requires_grad:
+            whole = _frozen(parameter, stage)
+        else:
+            whole = parameter.data if stage == 0 else safe_get_full_fp32_param(parameter)
+        if first:
+            state.weights[name] = _copy(whole)
+        if step == 0 or not parameter.requires_grad:
+            continue
+        for key in MOMENTS:
+            if stage == 0:
+                whole = engine.optimizer.state[parameter][key]
+            else:
+                whole = safe_get_full_optimizer_state(parameter, key)
+            if first:
+                state.moments[key][name] = _copy(whole).view_as(state.weights[name])
+    for name, buffer in _persistent_buffers(system).items():
+        state.weights[name] = _copy(buffer, keep_type=True)
+    return state if first else None
+
+
+def load_module(system: System, weights: dict[str, Tensor]) -> None:
+    """Weights into a module that DeepSpeed has not seen yet.
+
+    Raises:
+        DataError: names or shapes differ.
+    """
+    own = {**dict(system.named_parameters()), **_persistent_buffers(system)}
+    if own.keys() != weights.keys():
+        missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        raise DataError(f"the checkpoint is of another system: it lacks {missing[:3]} and has {foreign[:3]} besides")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != weights[name].shape:
+                raise DataError(
+                    f"the checkpoint is of another system: {name} has shape {tuple(weights[name].shape)}, "
+                    f"expected {tuple(tensor.shape)}"
+                )
+            tensor.copy_(weights[name])
+
+
+def load_optimizer(engine: Any, system: System, stage: int, state: State) -> None:
+    """Moments (and the fp32 master weights, where the working copy is narrower) into a freshly initialised engine."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if stage in (1, 2) and any(p.dtype != torch.float32 for p in system.parameters()):
+        for name, parameter in system.named_parameters():
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, state.weights[name].to(parameter.device))
+    if stage == 3 and any(p.dtype != torch.float32 for p in system.parameters()):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for name, parameter in system.named_parameters():
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, _own_part(state.weights[name], parameter))
+    if state.step == 0:
+        return
+    trained = {name: p for name, p in system.named_parameters() if p.requires_grad}
+    if stage == 0:
+        for name, parameter in trained.items():
+            engine.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                **{key: state.moments[key][name].to(parameter.device, copy=True) for key in MOMENTS},
+            }
+        return
+    zero = engine.optimizer
+    partitions = zero.single_partition_of_fp32_groups if stage in (1, 2) else zero.fp32_partitioned_groups_flat
+    for flat in partitions:
+        # one `step` tensor each: a shared one would count every group's step
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(float(state.step)),
+            **{key: torch.zeros_like(flat) for key in MOMENTS},
+        }
+    if stage in (1, 2):
+        _link_moments(zero)
+        for name, parameter in trained.items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state.moments[key][name].to(parameter.device), key)
+        return
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    for name, parameter in trained.items():
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(parameter, _own_part(state.moments[key][name], parameter), key)
+
+
+def replace_weights(system: System, stage: int, weights: dict[str, Tensor]) -> None:
+    """Weights into an initialised module, for evaluation only: the optimizer's own copies are left as they were."""
+    import deepspeed
+
+    with torch.no_grad():
+        for name, parameter in system.named_parameters():
+            if stage == 3:
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    parameter.data.copy_(weights[name])
+            else:
+                parameter.data.copy_(weights[name])
+        for name, buffer in _persistent_buffers(system).items():
+            buffer.copy_(weights[name])
+
+
+def _own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's stretch of a flattened parameter under ZeRO-3, zero beyond its end."""
+    n, rank = parameter.partition_numel(), dist.get_rank()  # type: ignore[attr-defined]
+    part = torch.zeros(n, dtype=torch.float32)
+    own = whole.reshape(-1)[rank * n : (rank + 1) * n]
+    part[: own.numel()] = own
+    return part.to(parameter.device)
+
+
+def _link_moments(zero: Any) -> None:
+    """DeepSpeed links moments after the first group's first step, so later groups' never were: link them again."""
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def _frozen(parameter: Tensor, stage: int) -> Tensor:
+    if stage != 3:
+        return parameter.data
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        return parameter.data.clone()
+
+
+def _copy(tensor: Tensor, keep_type: bool = False) -> Tensor:
+    return tensor.detach().to("cpu", None if keep_type else torch.float32, copy=True).contiguous()
+
+
+def _persistent_buffers(system: System) -> dict[str, Tensor]:
+    parameters = {name for name, _ in system.named_parameters()}
+    buffers = dict(system.named_buffers())
+    return {name: buffers[name] for name in system.state_dict() if name not in parameters and name in buffers}

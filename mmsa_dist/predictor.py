@@ -1,0 +1,273 @@
+"""A trained system that answers: weights, recipe and data card in, predictions out.
+
+Knows nothing of training: no DeepSpeed, no Ray, no MLflow. It runs inside a served model, where this package may not be
+installed, so it imports little.
+
+A *model folder* is ``{weights.safetensors, recipe.yaml, data.json, encoder/}``; the last only where text goes through an
+encoder, and without its weights, which are among the system's. A run folder holds the same, the weights in ``best/``.
+
+Shapes: B samples, T steps, D width.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mmsa_dist.config import TextConfig
+from mmsa_dist.data_card import DataCard
+from mmsa_dist.errors import DataError
+from mmsa_dist.recipe import Recipe, read_recipe
+from shards.batch import Batch
+from shards.utterance import MODALITIES, Utterance
+
+WEIGHTS = "weights.safetensors"
+RECIPE = "recipe.yaml"
+ENCODER = "encoder"
+
+
+class Predictor:
+    """Predictions for utterances.
+
+    Attributes:
+        recipe: of the run that trained the system.
+        card: of the data set it was trained on.
+        system: the network, in evaluation mode.
+        text: how text is read, the encoder's folder included; None where text features are.
+    """
+
+    def __init__(self, recipe: Recipe, card: DataCard, system: nn.Module, text: TextConfig | None) -> None:
+        self.recipe = recipe
+        self.card = card
+        self.system = system.eval()
+        self.text = text
+        self._collate = _collator(card, text)
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "Predictor":
+        """The system of a model folder or of a run folder, on `device`.
+
+        Raises:
+            DataError: a file is missing or does not fit the others.
+            ConfigError: the recipe names a system that is not here.
+        """
+        from mmsa_dist.systems import get_system
+
+        recipe = read_recipe(_present(folder / RECIPE))
+        card = DataCard.load(folder)
+        text = _text(card, folder)
+        system = get_system(recipe.system)(recipe.model, card.spec(text))
+        _load_weights(system, weights_path(folder))
+        return cls(recipe, card, system.to(device), text)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.system.parameters()).device
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a record must hold: ``raw_text`` or ``tokens`` or ``text``, ``audio``, ``vision``; as the system needs."""
+        text = "text" if self.text is None else "tokens" if self.card.reads_tokens else "raw_text"
+        return tuple(text if name == "text" else name for name in self.card.widths)
+
+    @torch.no_grad()
+    def predict(self, utterances: Sequence[Utterance]) -> dict[str, np.ndarray]:
+        """task -> (B,) float32 predictions in label units; ``M`` is the answer.
+
+        Raises:
+            DataError: an utterance lacks everything that the system reads, or has another width.
+        """
+        for utterance in utterances:
+            self.check(utterance)
+        prediction = self.system(self._collate(list(utterances)).to(self.device))
+        return {task: values.detach().float().cpu().numpy() for task, values in prediction.tasks.items()}
+
+    def check(self, utterance: Utterance) -> None:
+        """Raises DataError where the system cannot read `utterance`."""
+        held = 0
+        for name, column in zip(self.card.widths, self.columns, strict=True):
+            if column in ("raw_text", "tokens"):
+                value: Any = utterance.raw_text if column == "raw_text" else utterance.tokens
+                held += value is not None and len(value) > 0
+            elif (array := utterance.modalities.get(name)) is not None:
+                held += 1
+                check_width(f"sample {utterance.key!r}", name, array.shape[-1], self.card.widths[name])
+        if not held:
+            raise DataError(
+                f"sample {utterance.key!r}: has none of {', '.join(self.columns)}, which the model reads; give at least one"
+            )
+
+    def utterance(self, record: Mapping[str, Any], key: str) -> Utterance:
+        """A record of plain values (JSON) as an utterance.
+
+        Args:
+            record: column -> value: ``raw_text`` a string, ``tokens`` (T,) integers, features (T, D) numbers or, for one
+                step, (D,). None, NaN and an empty list mean that the sample lacks it.
+            key: what to call it in messages.
+
+        Raises:
+            DataError: a value is not what its column holds.
+        """
+        modalities: dict[str, np.ndarray] = {}
+        raw_text, tokens = None, None
+        for name, column in zip(self.card.widths, self.columns, strict=True):
+            value = record.get(column)
+            if _is_missing(value):
+                continue
+            if column == "raw_text":
+                if not isinstance(value, str):
+                    raise DataError(f"sample {key!r}: raw_text is {_shown(value)}, expected a string")
+                raw_text = value
+            elif column == "tokens":
+                tokens = _tokens(value, key)
+            else:
+                modalities[name] = _features(value, key, name, self.card.widths[name])
+        return Utterance(key, "test", modalities, {}, raw_text, tokens)
+
+
+def weights_path(folder: Path) -> Path:
+    """The weights of a model folder, else the best ones of a run folder.
+
+    Raises:
+        DataError: there are none.
+    """
+    own = folder / WEIGHTS
+    return own if own.is_file() else _present(folder / "best" / WEIGHTS)
+
+
+def check_width(where: str, name: str, found: int, wanted: int) -> None:
+    """Raises DataError where features are not as wide as the model's."""
+    if found != wanted:
+        raise DataError(
+            f"{where}: {name} has {found} features a step, the model was trained on {wanted}; "
+            "extract the features as for the training data, or train a model on these"
+        )
+
+
+def chunks(utterances: Iterable[Utterance], size: int) -> Iterable[list[Utterance]]:
+    """Lists of `size` utterances, the last one shorter."""
+    chunk: list[Utterance] = []
+    for utterance in utterances:
+        chunk.append(utterance)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _text(card: DataCard, folder: Path) -> TextConfig | None:
+    """The encoder's shape and tokenizer come from the model folder where it has them; its weights are the system's."""
+    if card.text is None:
+        return None
+    own = folder / ENCODER
+    encoder = str(own) if own.is_dir() else card.text.encoder
+    return card.text.model_copy(update={"encoder": encoder, "pretrained": False})
+
+
+def _collator(card: DataCard, text: TextConfig | None) -> Any:
+    from shards.batch import collate
+
+    ids = None
+    if text is not None:
+        from mmsa_dist.layers.text import text_ids
+
+        ids = text_ids(text, card)
+    statistics = {
+        name: {"mean": np.asarray(s.mean, np.float32), "std": np.asarray(s.std, np.float32)} for name, s in card.statistics.items()
+    }
+
+    def batch(utterances: list[Utterance]) -> Batch:
+        return collate(
+            utterances,
+            weight=np.ones(len(utterances), dtype=np.float32),
+            norm=float(len(utterances)),
+            modalities=tuple(card.widths),
+            numbers=np.arange(len(utterances), dtype=np.int64),
+            widths=dict(card.widths),
+            tasks=card.tasks,
+            text_ids=ids,
+            statistics=statistics,
+        )
+
+    return batch
+
+
+def _load_weights(system: nn.Module, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path}: damaged ({error}); copy it again or train again") from error
+    own = system.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    wrong += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    wrong += [
+        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise DataError(
+            f"{path}: does not fit {type(system).__name__} of this version: {sorted(wrong)[0]}"
+            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+            + "; use the version that trained it (environment.json of the run) or train again"
+        )
+    system.load_state_dict(weights)
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: is missing; expected a model folder, or the folder of a run that finished an epoch (runs/…)"
+        )
+    return path
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return True
+    return isinstance(value, list | tuple | np.ndarray) and len(value) == 0
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40]}{'…' if len(text) > 40 else ''}"
+
+
+def _tokens(value: Any, key: str) -> np.ndarray:
+    try:
+        tokens = np.asarray(value)
+    except ValueError:
+        tokens = np.asarray("ragged")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise DataError(f"sample {key!r}: tokens are {_shown(value)}, expected a list of integers")
+    return tokens.astype(np.int32)
+
+
+def _features(value: Any, key: str, name: str, width: int) -> np.ndarray:
+    """(T, D) float32 from nested lists; one flat list is one step."""
+    rows = value if not isinstance(value, np.ndarray) else list(value)
+    if len(rows) and np.ndim(rows[0]) == 0:
+        rows = [rows]
+    for step, row in enumerate(rows):
+        if np.ndim(row) != 1 if not isinstance(row, list) else False:
+            raise DataError(f"sample {key!r}: {name} step {step} is {_shown(row)}, expected a list of {width} numbers")
+        check_width(f"sample {key!r}, step {step}", name, len(row), width)
+    try:
+        array = np.asarray(rows, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"sample {key!r}: {name} holds what is not a number ({error}); expected T x {width} numbers") from error
+    if array.ndim != 2:
+        raise DataError(f"sample {key!r}: {name} has {array.ndim} dimensions, expected 2: T steps x {width} numbers")
+    if not np.isfinite(array).all():
+        step, feature = np.argwhere(~np.isfinite(array))[0]
+        raise DataError(f"sample {key!r}: {name} step {step}, feature {feature} is {array[step, feature]}, expected a finite number")
+    return array
+
+
+__all__ = ["MODALITIES", "Predictor", "check_width", "chunks", "weights_path"]

@@ -1,0 +1,272 @@
+"""A recipe: the whole configuration of a run, from defaults, a YAML file and the command line, in that order.
+
+Packaged recipes are ``recipes/<system>.<data set>.yaml``; each value there says where it comes from.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from pydantic import Field, ValidationError, create_model
+
+from mmsa_dist.config import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LabelConfig,
+    LaunchConfig,
+    OptimConfig,
+    Strict,
+    TextConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.suggest import nearest
+
+PACKAGED = Path(__file__).parent / "recipes"
+
+RESUMABLE = ("launch.", "tracking.", "checkpoint.", "engine.zero", "data.readers", "data.path", "data.eval_batch_size")
+"""What may differ when a run is resumed: none of it changes a result."""
+
+
+class Recipe(Strict):
+    """The configuration of a run."""
+
+    system: tyro.conf.Suppress[str] = ""
+    seed: int = Field(default=1, ge=0)
+    """Of the weights, the order of samples and dropout."""
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    labels: LabelConfig = LabelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    model: Strict = Strict()
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values; `from_dict` takes them back."""
+        return self.model_dump(mode="json")
+
+
+def recipe_class(system: str) -> type[Recipe]:
+    """The recipe type of `system`: `Recipe` with the system's own configuration as ``model``."""
+    from mmsa_dist.systems import get_system
+
+    config = get_system(system).Config
+    return create_model(
+        "Recipe",
+        __base__=Recipe,
+        __doc__="The configuration of a run.",
+        system=(tyro.conf.Suppress[str], system),
+        model=(config, config()),
+    )
+
+
+def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe from plain values.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest valid one) or a value of the wrong kind.
+    """
+    if not values.get("system"):
+        raise ConfigError(f"{where}: the key `system` is missing; it names the system to train")
+    return _validated(recipe_class(values["system"]), values, where)
+
+
+def load_recipe(system: str, recipe: str | None, overrides: list[str]) -> Recipe:
+    """Defaults, then a YAML recipe, then dotted overrides.
+
+    Args:
+        system: registered name or ``package.module:Class``.
+        recipe: a YAML file, or the data set's name of a packaged recipe (``mosi``), or None: the packaged recipe for
+            the data set given with ``--data`` where there is one.
+        overrides: command-line words, e.g. ``["--optim.lr.text", "3e-5"]``.
+
+    Raises:
+        ConfigError: unknown recipe, key or value. SystemExit(0) after ``--help``.
+    """
+    cls = recipe_class(system)
+    values, origin = _recipe_values(system, recipe, overrides)
+    default = _validated(cls, {**values, "system": system}, origin)
+    return _with_overrides(cls, default, overrides, system)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The resolved recipe that a run saved."""
+    return from_dict(_yaml(path), str(path))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Lines ``key: old -> new`` of what differs and would change results."""
+    before, after = _flat(old.dump()), _flat(new.dump())
+    keys = sorted(before.keys() | after.keys())
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key) and not key.startswith(RESUMABLE)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value."""
+    return _flat(recipe.dump())
+
+
+def packaged(system: str) -> list[str]:
+    """Data sets that `system` has a packaged recipe for."""
+    return sorted(
+        path.name.removeprefix(f"{system}.").removesuffix(".yaml") for path in PACKAGED.glob(f"{system}.*.yaml")
+    )
+
+
+def _recipe_values(system: str, recipe: str | None, overrides: list[str]) -> tuple[dict[str, Any], str]:
+    known = packaged(system)
+    if recipe is None:
+        name = _data_set_name(overrides)
+        recipe = next((known_name for known_name in known if known_name == name), None)
+        if recipe is None:
+            return {}, "defaults"
+    if recipe in known:
+        path = PACKAGED / f"{system}.{recipe}.yaml"
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(
+                f"recipe {recipe!r} is neither a file nor a packaged recipe of {system}{nearest(recipe, known)}"
+            )
+    values = _yaml(path)
+    if values.setdefault("system", system) != system:
+        raise ConfigError(f"{path}: the recipe is for system {values['system']!r}, but {system!r} was asked for")
+    return values, str(path)
+
+
+def _data_set_name(overrides: list[str]) -> str | None:
+    """``mosi`` for ``--data FOLDER`` whose index is called mosi, synthetic-mosi, mosi-poria, …"""
+    for flag in ("--data", "--data.path"):
+        for i, word in enumerate(overrides):
+            value = overrides[i + 1] if word == flag and i + 1 < len(overrides) else None
+            if word.startswith(f"{flag}="):
+                value = word.partition("=")[2]
+            if value is not None:
+                from shards.index import Index
+
+                name = Index.load(Path(value)).name.lower()
+                parts = re.split(r"[^a-z0-9]+", name)
+                return next((part for part in parts if part in ("mosi", "mosei", "sims", "simsv2", "iemocap")), None)
+    return None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of recipe keys, found {type(values).__name__}")
+    return values
+
+
+def _validated(cls: type[Recipe], values: dict[str, Any], where: str) -> Recipe:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_sentence(cls, issue) for issue in error.errors())) from error
+
+
+def _sentence(cls: type[Strict], issue: Any) -> str:
+    """One validation error as a clause that names the key and, for an unknown one, the nearest valid one."""
+    location = [str(part) for part in issue["loc"]]
+    key = ".".join(location)
+    if issue["type"] == "extra_forbidden":
+        return f"unknown key `{key}`" + nearest(location[-1], _fields_at(cls, location[:-1]))
+    found = issue.get("input")
+    return f"`{key}`: {issue['msg'][0].lower()}{issue['msg'][1:]}, found {found!r}"
+
+
+def _fields_at(cls: Any, location: list[str]) -> list[str]:
+    for part in location:
+        cls = cls.model_fields[part].annotation
+    return list(cls.model_fields)
+
+
+def _with_overrides(cls: type[Recipe], default: Recipe, overrides: list[str], system: str) -> Recipe:
+    """Dotted overrides through tyro; its complaints become one sentence."""
+    asked_for_help = any(word in ("-h", "--help") for word in overrides)
+    output = io.StringIO()
+    try:
+        with contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(output):
+            return tyro.cli(
+                cls,
+                args=overrides,
+                default=default,
+                prog=f"mmsa-dist train {system}",
+                description=f"Values of the recipe of {system}; each can stand in a YAML file given with --recipe too.",
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_unknown_option(cls, overrides) or _readable(output.getvalue())) from None
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(cls, issue) for issue in error.errors())) from error
+
+
+def _unknown_option(cls: type[Recipe], overrides: list[str]) -> str | None:
+    valid = {f"--{key}".replace("_", "-") for key in _flat(cls().dump())} | {f"--{alias}" for alias in ALIASES}
+    for word in overrides:
+        flag = word.partition("=")[0].replace("_", "-")
+        plain = re.sub(r"(^--|\.)no-", r"\1", flag)
+        if (
+            flag.startswith("--")
+            and flag not in valid
+            and plain not in valid
+            and not any(v.startswith(f"{flag}.") for v in valid)
+        ):
+            close = difflib.get_close_matches(flag, sorted(valid), n=3)
+            return (
+                f"unknown option {flag}"
+                + (f"; did you mean {' or '.join(close)}?" if close else "")
+                + " (--help lists all)"
+            )
+    return None
+
+
+ALIASES = (
+    "data",
+    "batch-size",
+    "epochs",
+    "zero",
+    "workers",
+    "launcher",
+    "address",
+    "tracking-uri",
+    "register",
+    "alias",
+    "seed",
+)
+"""Short flags; each stands beside its dotted name in --help."""
+
+
+def _readable(text: str) -> str:
+    """tyro's boxed message as one line."""
+    return " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split()) or "the command line cannot be understood; see --help"

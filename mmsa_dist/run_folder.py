@@ -1,0 +1,119 @@
+"""The folder a run leaves: everything in it can be read without us.
+
+``recipe.yaml plan.json environment.json data.json events/rank-*.jsonl checkpoints/ best/ predictions/ result.json``
+"""
+
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from mmsa_dist.errors import ConfigError, TransientError
+
+PACKAGES = ("mmsa-dist", "torch", "deepspeed", "ray", "mlflow", "transformers", "safetensors", "numpy")
+
+
+def create(runs_dir: Path, name: str, recipe: dict[str, Any]) -> Path:
+    """A new run folder ``<name>-<time>-<random>`` with its recipe and environment.
+
+    Raises:
+        ConfigError: the name cannot be a folder's. TransientError: the folder cannot be written.
+    """
+    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ConfigError(f"run name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = (runs_dir / f"{name}-{stamp}-{secrets.token_hex(2)}").resolve()
+    try:
+        folder.mkdir(parents=True)
+        for part in ("events", "checkpoints", "predictions"):
+            (folder / part).mkdir()
+        write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        write_json(folder / "environment.json", environment())
+    except OSError as error:
+        raise TransientError(
+            f"{folder}: the run's folder cannot be written: {error.strerror}; choose another with --runs-dir"
+        ) from error
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Where a run takes place; no secrets."""
+
+    def found(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "command": sys.argv,
+        "packages": {package: found(package) for package in PACKAGES},
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old text or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class Events:
+    """One JSON object a line, appended; a killed writer leaves at most one broken last line."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.rank = rank
+        self._last: float | None = None
+        self._file: TextIO = (folder / "events" / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+        self._file.flush()
+
+    def step(self, epoch: int, step: int, of: int, loss: float) -> None:
+        """Where training stands: the first step, then at most two a second."""
+        now = time.monotonic()
+        if self._last is None:
+            self.write("first_step", epoch=epoch, step=step, of=of, loss=loss)
+        elif now - self._last >= 0.5 or step == of:
+            self.write("step", epoch=epoch, step=step, of=of, loss=loss)
+        else:
+            return
+        self._last = now
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """All whole events of a rank."""
+    path = folder / "events" / f"rank-{rank}.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    return events

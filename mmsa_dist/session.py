@@ -1,0 +1,238 @@
+"""Everything one rank needs to train: data, system, labels, engine. Built the same way on every rank."""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist.engine import Engine
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.label_generators import LabelGenerator, make_generator
+from mmsa_dist.layers.text import encoder_width, text_ids
+from mmsa_dist.recipe import Recipe
+from mmsa_dist.systems import DataSpec, System, get_system
+from shards.index import Index
+from shards.loader import BatchSpec, Loader
+from shards.plan import Plan
+from shards.read import ShardReader
+from shards.utterance import MODALITIES
+
+
+@dataclass
+class Session:
+    """One rank's share of a run.
+
+    Attributes:
+        kind: which metrics are computed, ``mosi`` or ``sims``.
+        progress: the checkpoint's plain values, empty in a fresh run.
+    """
+
+    recipe: Recipe
+    folder: Path
+    rank: int
+    world: int
+    index: Index
+    spec: DataSpec
+    kind: str
+    system: System
+    generator: LabelGenerator
+    engine: Engine
+    loader: Loader
+    progress: dict
+
+    def plan(self, epoch: int) -> Plan:
+        """The order of `epoch` (from 1)."""
+        data = self.recipe.data
+        return Plan(self.index, "train", self.recipe.seed, epoch, data.batch_size, data.window)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.engine.close()
+
+
+def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session:
+    """Builds a rank's session, from the newest whole checkpoint in `folder` where there is one.
+
+    Raises:
+        ConfigError, DataError: recipe and data do not fit each other.
+    """
+    index = Index.load(recipe.data.path)
+    check_data(recipe, index)
+    spec = data_spec(recipe, index)
+    torch.manual_seed(recipe.seed)
+    system = get_system(recipe.system)(recipe.model, spec)
+    saved = checkpoint.load_latest(folder / "checkpoints")
+    steps = -(-index.splits["train"] // recipe.data.batch_size) * recipe.train.epochs
+    engine = Engine(
+        system,
+        recipe.optim,
+        recipe.engine,
+        micro_batch=-(-recipe.data.batch_size // (world * recipe.optim.accumulation)),
+        total_steps=steps,
+        state=saved.engine if saved else None,
+    )
+    generator = label_generator(recipe, index, system, engine.device)
+    if saved:
+        generator.load_state_dict(saved.generator)
+    loader = Loader(ShardReader(index), batch_spec(recipe, index, spec), recipe.data.readers)
+    kind = metrics.kind_for(index.label_range)
+    progress = saved.progress if saved else {}
+    return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, loader, progress)
+
+
+def check_data(recipe: Recipe, index: Index) -> None:
+    """Says at once what in the recipe does not fit the data.
+
+    Raises:
+        ConfigError: a modality, split or metric that the data set lacks.
+    """
+    for split in ("train", "valid"):
+        if not index.splits.get(split):
+            raise ConfigError(
+                f"data.path: {index.name} has no {split} samples ({dict(index.splits)}); "
+                "training needs train and valid. Pack it with a validation split "
+                "(pack table --hold-out-valid N holds out training videos)"
+            )
+    kind = metrics.kind_for(index.label_range)
+    known = metrics.names(kind)
+    if recipe.train.monitor not in known:
+        raise ConfigError(
+            f"train.monitor: {recipe.train.monitor!r} is not a metric of {index.name}; one of {', '.join(known)}"
+        )
+
+
+def available(recipe: Recipe, index: Index) -> list[str]:
+    """Modalities of the data set that the recipe could use: text counts where the encoder has something to read."""
+    have = [m for m in MODALITIES if m in index.modalities]
+    if recipe.text.encoder and "text" not in have and (index.has_raw_text or index.has_tokens):
+        have.insert(0, "text")
+    return have
+
+
+def data_spec(recipe: Recipe, index: Index) -> DataSpec:
+    """What the system must know of the data.
+
+    Raises:
+        ConfigError: the recipe asks for a modality that the data set lacks.
+    """
+    have = available(recipe, index)
+    wanted = recipe.data.modalities or tuple(have)
+    lacking = [m for m in wanted if m not in have]
+    if lacking or not wanted:
+        remedy = " (set --text.encoder to read its transcripts)" if "text" in lacking and index.has_raw_text else ""
+        raise ConfigError(
+            f"data.modalities: {index.name} has no {', '.join(lacking) or 'features'}; "
+            f"it has {', '.join(have) or 'none'}{remedy}"
+        )
+    encoded = recipe.text.encoder is not None and "text" in wanted
+    if encoded and recipe.text.input == "tokens" and not index.has_tokens:
+        raise ConfigError(f"text.input: {index.name} has no token ids; use raw")
+    if encoded and recipe.text.input == "raw" and not index.has_raw_text:
+        raise ConfigError(f"text.input: {index.name} has no transcripts; use tokens")
+    widths = {
+        m: encoder_width(recipe.text) if m == "text" and encoded else index.modalities[m].width
+        for m in MODALITIES
+        if m in wanted
+    }
+    return DataSpec(widths, index.label_range, index.tasks, recipe.text if encoded else None)
+
+
+def batch_spec(recipe: Recipe, index: Index, spec: DataSpec) -> BatchSpec:
+    """How samples become batches."""
+    unknown = [m for m in recipe.data.normalize if m not in index.statistics]
+    if unknown:
+        raise ConfigError(f"data.normalize: {index.name} has no stored features of {', '.join(unknown)}")
+    return BatchSpec(
+        modalities=tuple(spec.widths),
+        widths=dict(spec.widths),
+        tasks=index.tasks,
+        text_ids=text_ids(spec.text, index) if spec.text else None,
+        statistics={m: index.statistics[m] for m in recipe.data.normalize},
+    )
+
+
+def label_generator(recipe: Recipe, index: Index, system: System, device: torch.device) -> LabelGenerator:
+    """The generator that the recipe names, else the paper's, over the train split."""
+    name = recipe.labels.generator or type(system).labels
+    numbers = index.numbers("train")
+    keys: list[str] = []
+    labels: list[np.ndarray] = []
+    if name != "none":
+        for shard_no, shard in enumerate(index.shards):
+            if shard.split == "train":
+                table = index.table(shard_no)
+                keys += table["key"].to_pylist()
+                labels.append(table["label_M"].to_numpy())
+    return make_generator(
+        name,
+        numbers=torch.arange(numbers.start, numbers.stop) if keys else torch.zeros(0, dtype=torch.int64),
+        ids=torch.tensor([stable_id(key) for key in keys], dtype=torch.int64),
+        labels=torch.from_numpy(np.concatenate(labels)).float() if labels else torch.zeros(0),
+        widths=system.feature_widths(),
+        label_range=index.label_range,
+        device=device,
+        zero_is_positive=recipe.labels.zero_is_positive,
+    )
+
+
+def stable_id(key: str) -> int:
+    """A 64-bit number of a sample's key: the same in every packing of the data set."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def describe(recipe: Recipe, index: Index, spec: DataSpec) -> dict:
+    """``data.json``: what the system was built for, enough to build it again without the data."""
+    return {
+        "name": index.name,
+        "synthetic": index.synthetic,
+        "fingerprint": index.fingerprint,
+        "kind": metrics.kind_for(index.label_range),
+        "widths": dict(spec.widths),
+        "label_range": list(index.label_range),
+        "tasks": list(index.tasks),
+        "text": spec.text.model_dump() if spec.text else None,
+        "statistics": {m: index.statistics[m] for m in recipe.data.normalize},
+        "splits": dict(index.splits),
+    }
+
+
+def write_description(folder: Path, recipe: Recipe, index: Index) -> None:
+    """Writes ``data.json`` and ``plan.json`` into a run folder; the driver does, before anything starts."""
+    run_folder.write_json(folder / "data.json", describe(recipe, index, data_spec(recipe, index)))
+    run_folder.write_json(folder / "plan.json", arithmetic(recipe, index))
+
+
+def arithmetic(recipe: Recipe, index: Index) -> dict:
+    """The derived numbers of a run."""
+    world, k = recipe.launch.workers, recipe.optim.accumulation
+    train = index.splits["train"]
+    steps = -(-train // recipe.data.batch_size)
+    return {
+        "train_samples": train,
+        "global_batch": recipe.data.batch_size,
+        "ranks": world,
+        "accumulation": k,
+        "micro_batch": -(-recipe.data.batch_size // (world * k)),
+        "steps_per_epoch": steps,
+        "epochs": recipe.train.epochs,
+        "total_steps": steps * recipe.train.epochs,
+        "order": Plan(index, "train", recipe.seed, 1, recipe.data.batch_size, recipe.data.window).describe(),
+    }
+
+
+def sentence(numbers: dict) -> str:
+    """The arithmetic as a person reads it."""
+    n = numbers
+    return (
+        f"global batch {n['global_batch']} = {n['ranks']} ranks x {n['micro_batch']} micro x {n['accumulation']} "
+        f"accumulation; epoch {n['train_samples']:,} samples -> {n['steps_per_epoch']:,} steps; "
+        f"at most {n['epochs']} epochs = {n['total_steps']:,} steps"
+    )
+
+
+def load_description(folder: Path) -> dict:
+    return json.loads((folder / "data.json").read_text(encoding="utf-8"))

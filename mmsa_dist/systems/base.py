@@ -1,0 +1,172 @@
+"""What every system is: a network, its loss and its paper's defaults behind one interface, found by name.
+
+Shapes: B batch, T time, D width.
+"""
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from mmsa_dist.config import Strict, TextConfig
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.suggest import nearest
+from shards.batch import Batch
+
+GROUPS = ("text", "audio", "vision", "rest")
+"""Parameter groups of the papers: the text encoder, the audio and the vision subnetwork, everything else."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a system must know of the data to be built.
+
+    Attributes:
+        widths: modality -> D of what the system reads, in the order text, audio, vision; modalities that are not used
+            are not in it. For text behind an encoder: the encoder's hidden size.
+        label_range: the data set's lowest and highest possible label.
+        tasks: the labels that the data set has, ``M`` first.
+        text: how text is read; None where the given text features are.
+    """
+
+    widths: Mapping[str, int]
+    label_range: tuple[float, float]
+    tasks: tuple[str, ...]
+    text: TextConfig | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a system says of a batch.
+
+    Attributes:
+        tasks: task -> (B,) predictions in label units; ``M`` is the system's answer. A system may add tasks of its own.
+        features: name -> (B, d) features that a label generator reads, keyed by task (``M``, ``T``, ``A``, ``V``).
+    """
+
+    tasks: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """total: the scalar to minimise; parts: its named terms, detached, that sum to it."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class System(nn.Module):
+    """Base of all systems. A subclass holds its modules, `forward` and `loss`.
+
+    Modules named ``text``, ``audio`` and ``vision`` form those optimizer groups, all else is ``rest``
+    (override `parameter_group` to change that). ``self.text`` is `layers.text.text_reader(spec)`.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    Config: ClassVar[type[Strict]]
+    labels: ClassVar[str] = "none"
+    """The label generator of the paper."""
+
+    def __init__(self, config: Strict, spec: DataSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Prediction: ...
+
+    @abstractmethod
+    def loss(self, prediction: Prediction, batch: Batch, targets: dict[str, Tensor]) -> Losses:
+        """The loss of `batch`, normalised by ``batch.norm``: sum over samples of weight * loss / norm.
+
+        Args:
+            targets: task -> (B,) labels to learn; ``M`` is the true one, others come from the label generator.
+        """
+
+    def feature_widths(self) -> dict[str, int]:
+        """task -> d of `Prediction.features`: what a label generator must hold. Empty where there are none."""
+        return {}
+
+    def parameter_group(self, name: str) -> str:
+        """One of `GROUPS` for the parameter called `name`."""
+        first = name.split(".", 1)[0]
+        return first if first in GROUPS else "rest"
+
+
+def weighted_mean(values: Tensor, batch: Batch, present: Tensor | None = None) -> Tensor:
+    """Sum over samples of weight * value / norm; samples whose `present` is False take no part. values (B,) -> ()."""
+    weight = batch.weight if present is None else batch.weight * present
+    # where, not a product with zero: an absent sample's value may be anything
+    return values.where(weight > 0, 0.0).mul(weight).sum() / batch.norm
+
+
+_REGISTRY: dict[str, type[System]] = {}
+_Class = TypeVar("_Class", bound=type[System])
+ENTRY_POINTS = "mmsa_dist.systems"
+
+
+def system(name: str) -> Callable[[_Class], _Class]:
+    """Registers a system: ``@system("my_system")`` on its class.
+
+    A third party publishes one with an entry point in the group ``mmsa_dist.systems``, or names it
+    ``package.module:Class`` on the command line; nothing of ours is edited.
+    """
+
+    def register(cls: _Class) -> _Class:
+        if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
+            raise ConfigError(
+                f"system {name!r} is already registered by {_REGISTRY[name].__module__}; choose another name"
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def system_names() -> list[str]:
+    """Every system that `get_system` finds by a bare name."""
+    _load_ours()
+    return sorted({*_REGISTRY, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def get_system(name: str) -> type[System]:
+    """The class registered as `name`, or at ``package.module:Class``.
+
+    Raises:
+        ConfigError: no such system; names the nearest.
+    """
+    _load_ours()
+    if ":" in name:
+        return _imported(name)
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            return _checked(point.load(), name)
+    raise ConfigError(f"unknown system {name!r}{nearest(name, system_names())}")
+
+
+def _load_ours() -> None:
+    importlib.import_module("mmsa_dist.systems")
+
+
+def _imported(name: str) -> type[System]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"system {name!r} cannot be imported: {error}; expected package.module:Class") from error
+    return _checked(found, name)
+
+
+def _checked(found: object, name: str) -> type[System]:
+    if not (isinstance(found, type) and issubclass(found, System)):
+        raise ConfigError(f"system {name!r} is {found!r}, expected a subclass of mmsa_dist.systems.System")
+    return found

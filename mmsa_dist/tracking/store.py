@@ -1,0 +1,176 @@
+"""Where MLflow keeps runs and models: which store, whether it is there, and what a user is told when it is not.
+
+MLflow is imported inside the functions: it costs two seconds, and no rank needs it to train.
+"""
+
+import logging
+import os
+import re
+import socket
+import ssl
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from mmsa_dist.errors import ConfigError, TransientError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Schemes of database stores, each with its standard port."""
+
+TIMEOUT = 5.0
+"""Seconds within which a server must answer its first call."""
+
+REMEDY = (
+    "start one (mlflow server --host 127.0.0.1 --port 5000), name another with --tracking-uri, "
+    "or train without it (--tracking.no-enabled)"
+)
+
+
+def store_uri(uri: str | None, runs_dir: Path) -> str:
+    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else ``mlflow.db`` in the folder of the runs.
+
+    Relative sqlite paths become absolute: ranks have other working directories.
+
+    Raises:
+        ConfigError: a plain folder, which MLflow no longer writes to, or a scheme that it does not know.
+    """
+    given = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+    scheme = urlsplit(given).scheme.split("+")[0]
+    if scheme == "sqlite":
+        path = given.partition(":///")[2]
+        if not path or path.startswith(":memory:"):
+            raise ConfigError(f"tracking uri {given!r} names no file, so nothing would be kept; use sqlite:///runs/mlflow.db")
+        return f"sqlite:///{Path(path).resolve()}"
+    if scheme in ("", "file") or len(scheme) == 1:
+        folder = Path(given.removeprefix("file://")).resolve()
+        raise ConfigError(
+            f"tracking uri {given!r} is a plain folder, where MLflow no longer keeps runs; "
+            f"use sqlite:///{folder / 'mlflow.db'} or a server's address (http://…)"
+        )
+    if scheme not in ("http", "https", "databricks", "databricks-uc", *DATABASES):
+        raise ConfigError(f"tracking uri {shown(given)!r}: unknown scheme {scheme!r}; use sqlite:///…, http://…, https://… or postgresql://…")
+    return given
+
+
+def shown(uri: str) -> str:
+    """`uri` without a password in it."""
+    return re.sub(r"//[^/@]*@", "//…@", uri)
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of the store, which was reached.
+
+    Raises:
+        TransientError: it cannot be reached within a few seconds.
+        ConfigError: what answers is not MLflow, or wants other credentials.
+    """
+    _reach(uri)
+    quiet()
+    from mlflow import MlflowClient
+
+    with said(uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # the first call also creates the tables of a new database
+    return client
+
+
+@contextmanager
+def said(uri: str) -> Iterator[None]:
+    """What MLflow raises inside becomes one of our sentences."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        text = " ".join(str(error.message).split())
+        if "<html" in text.lower():
+            raise ConfigError(f"what answers at {shown(uri)} is not an MLflow server; give its address with --tracking-uri") from error
+        if error.get_http_status_code() in (401, 403):
+            raise ConfigError(
+                f"MLflow at {shown(uri)} refuses these credentials ({text[:200]}); "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
+        if error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+            raise TransientError(f"MLflow at {shown(uri)} failed: {text[:300]}; try again, or {REMEDY}") from error
+        raise ConfigError(f"MLflow at {shown(uri)} refuses: {text[:300]}") from error
+    except OSError as error:  # requests' exceptions are OSErrors too
+        raise TransientError(f"MLflow at {shown(uri)} cannot be used ({error}); {REMEDY}") from error
+
+
+def artifact_root(uri: str) -> str | None:
+    """Where a new experiment keeps its files: beside a sqlite file; a server decides for itself (None)."""
+    if not uri.startswith("sqlite"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri()
+
+
+def quiet() -> None:
+    """MLflow says only what is wrong, sends no telemetry, and gives up on a dead server in seconds, not minutes.
+
+    What the user set in the environment stays.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    import mlflow  # noqa: F401  its import configures the loggers below
+
+    for name in ("mlflow", "alembic", "huey", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"mlflow\.")
+
+
+def _reach(uri: str) -> None:
+    """Raises TransientError within seconds where nothing answers; MLflow itself would try for minutes."""
+    parts = urlsplit(uri)
+    scheme = parts.scheme.split("+")[0]
+    if scheme == "sqlite":
+        _reach_file(Path(uri.removeprefix("sqlite:///")))
+    elif scheme in ("http", "https"):
+        try:
+            with urllib.request.urlopen(re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health", timeout=TIMEOUT):
+                pass
+        except urllib.error.HTTPError:
+            pass  # something answers; MLflow's first call says what is wrong with it
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError):
+                return  # it answers; whether its certificate is to be trusted is MLflow's own setting
+            raise TransientError(f"no MLflow server answers at {shown(uri)} ({reason}); {REMEDY}") from error
+    elif scheme in DATABASES:
+        try:
+            port = parts.port or DATABASES[scheme]
+            with socket.create_connection((parts.hostname or "localhost", port), timeout=TIMEOUT):
+                pass
+        except OSError as error:
+            raise TransientError(f"no database answers at {shown(uri)} ({error}); {REMEDY}") from error
+
+
+def _reach_file(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        created = not file.exists()
+        with file.open("ab"):
+            pass
+        if created:
+            file.unlink()
+    except OSError as error:
+        raise TransientError(
+            f"{file}: MLflow's database cannot be written ({error.strerror}); give another with --tracking-uri sqlite:///FILE, "
+            "or train without it (--tracking.no-enabled)"
+        ) from error
+    head = b"" if created else file.open("rb").read(16)
+    if head and not head.startswith(b"SQLite format 3"):
+        raise ConfigError(f"{file}: is not a sqlite database, so MLflow cannot keep runs in it; give another with --tracking-uri")

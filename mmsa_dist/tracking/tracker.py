@@ -1,0 +1,244 @@
+"""What the training loop knows of tracking: an object that takes an epoch's numbers and never makes it wait.
+
+Rank 0 puts numbers into a queue, a thread sends them, and what cannot be sent goes to ``mlflow-spill.jsonl`` in the run
+folder and is sent at the end.
+"""
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmsa_dist import run_folder
+from mmsa_dist.errors import MmsaError
+from mmsa_dist.tracking import store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+SPILL = "mlflow-spill.jsonl"
+LINK = "mlflow.json"
+METRICS_PER_CALL = 1000
+WARN_EVERY = 60.0
+"""Seconds between two warnings that MLflow cannot be reached."""
+RETRY_EVERY = 30.0
+"""Seconds after a failure during which nothing is sent: a dead server must not fill the queue."""
+
+
+class Tracker(Protocol):
+    """What the loop knows of tracking."""
+
+    def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Records numbers at an optimizer step; values that are not numbers are left out. Never raises, never waits."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+class NullTracker:
+    """Records nothing: of ranks other than 0, and where tracking is off."""
+
+    def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Link:
+    """``mlflow.json`` of a run folder: the run in MLflow that belongs to it."""
+
+    uri: str
+    run_id: str
+    experiment: str
+    experiment_id: str
+
+    def save(self, run_dir: Path) -> None:
+        run_folder.write_json(run_dir / LINK, asdict(self))
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "Link | None":
+        """None where the run is not tracked."""
+        path = run_dir / LINK
+        return cls(**run_folder.read_json(path)) if path.is_file() else None
+
+
+def open_tracker(run_dir: Path, rank: int = 0) -> Tracker:
+    """The tracker of a rank: rank 0's sends to the run that `open_run` opened, all others' do nothing."""
+    link = Link.load(run_dir) if rank == 0 else None
+    return MlflowTracker(link.uri, link.run_id, run_dir / SPILL) if link else NullTracker()
+
+
+class MlflowTracker:
+    """Sends numbers from a thread, and samples of what the machine does (``system/…``) every ten seconds."""
+
+    def __init__(self, uri: str, run_id: str, spill: Path, sample_every: float | None = None, capacity: int = 1000) -> None:
+        self.uri, self.run_id, self.spill = uri, run_id, spill
+        interval = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "10") if sample_every is None else sample_every
+        self._interval = float(interval)
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(capacity)
+        self._spill_lock = threading.Lock()
+        self._warned = self._failed = float("-inf")
+        self._spilled = 0
+        self._thread = threading.Thread(target=self._run, name="mlflow-tracker", daemon=True)
+        self._thread.start()
+
+    def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
+        row = {"step": step, "timestamp": int(time.time() * 1000), "metrics": _numbers(metrics)}
+        try:
+            self._queue.put_nowait(row)
+        except queue.Full:
+            self._keep(row, "its queue is full")
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Waits at most `timeout` seconds for the last numbers; what is not sent by then is in the spill."""
+        if not self._thread.is_alive():
+            return
+        try:
+            self._queue.put(None, timeout=timeout)
+        except queue.Full:
+            pass
+        else:
+            self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._warn(f"it did not take the last numbers within {timeout:.0f} s")
+
+    def _run(self) -> None:
+        client: MlflowClient | None = None
+        sampler = Sampler()
+        next_sample = time.monotonic()
+        row: dict[str, Any] | None = None
+        while True:
+            try:
+                row = self._queue.get(timeout=max(0.01, next_sample - time.monotonic()))
+                last = row is None
+            except queue.Empty:
+                row, last = None, False
+            if last or time.monotonic() >= next_sample:
+                client = self._send(client, sampler.row())
+                next_sample = time.monotonic() + self._interval
+            if row is not None:
+                client = self._send(client, row)
+            if last:
+                break
+        if self._spilled and client is not None:
+            self._try_replay(client)
+
+    def _send(self, client: "MlflowClient | None", row: dict[str, Any]) -> "MlflowClient | None":
+        """Sends one row or keeps it; gives the client for the next time."""
+        if time.monotonic() - self._failed < RETRY_EVERY:
+            self._keep(row, None)
+            return client
+        try:
+            client = client or _client(self.uri)
+            _log_rows(client, self.run_id, [row])
+        except Exception as error:
+            self._failed = time.monotonic()
+            self._keep(row, short(error))
+        return client
+
+    def _try_replay(self, client: "MlflowClient") -> None:
+        try:
+            replay(client, self.run_id, self.spill)
+        except Exception as error:
+            self._warn(f"{short(error)}; `finish_run` sends it")
+
+    def _keep(self, row: dict[str, Any], reason: str | None) -> None:
+        try:
+            with self._spill_lock, self.spill.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self._spilled += 1
+        except OSError as error:
+            reason = f"{reason or 'it is down'}, and {self.spill} cannot be written ({error.strerror}): numbers are lost"
+        if reason:
+            self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if time.monotonic() - self._warned >= WARN_EVERY:
+            self._warned = time.monotonic()
+            log.warning(
+                "MLflow at %s does not take numbers (%s); training goes on, they wait in %s",
+                store.shown(self.uri), reason, self.spill,
+            )  # fmt: skip
+
+
+class Sampler:
+    """What the machine does, in MLflow's own names for its *System metrics* page."""
+
+    def __init__(self) -> None:
+        self._monitors: list[Any] | None = None
+        self._step = 0
+
+    def row(self) -> dict[str, Any]:
+        """One sample of CPU, memory, disk, network and, where there is one, GPU."""
+        metrics: dict[str, float] = {}
+        for monitor in self._made():
+            monitor.collect_metrics()
+            metrics.update({f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()})
+            monitor.clear_metrics()
+        self._step += 1
+        return {"step": self._step - 1, "timestamp": int(time.time() * 1000), "metrics": metrics}
+
+    def _made(self) -> list[Any]:
+        if self._monitors is None:
+            from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+            from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+            from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+            from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+            self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+            try:
+                self._monitors.append(GPUMonitor())
+            except Exception:  # no NVIDIA driver or no binding for it: there is nothing to sample
+                log.debug("no GPU metrics", exc_info=True)
+        return self._monitors
+
+
+def replay(client: "MlflowClient", run_id: str, spill: Path) -> int:
+    """Sends what was spilled and removes the file; how many rows. Sending a row twice changes nothing."""
+    if not spill.is_file():
+        return 0
+    rows = []
+    for line in spill.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut short
+    _log_rows(client, run_id, rows)
+    spill.unlink()
+    return len(rows)
+
+
+def _client(uri: str) -> "MlflowClient":
+    """A client for the thread. A sqlite file that is not there lies on the driver's machine: nothing is made here."""
+    if uri.startswith("sqlite") and not (file := Path(uri.removeprefix("sqlite:///"))).is_file():
+        raise FileNotFoundError(f"{file} is not on this machine; runs over several machines need a server")
+    return store.connect(uri)
+
+
+def _log_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, Any]]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [
+        Metric(name, float(value), row["timestamp"], row["step"]) for row in rows for name, value in row["metrics"].items()
+    ]
+    for begin in range(0, len(metrics), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metrics[begin : begin + METRICS_PER_CALL])
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def short(error: Exception) -> str:
+    text = str(error) if isinstance(error, MmsaError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:200]

@@ -1,0 +1,122 @@
+"""A whole run as its driver sees it: check, record, launch, follow, register, say what came out."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist import launch, run_folder, session
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.follow import Follower
+from mmsa_dist.recipe import Recipe
+from shards.index import Index
+
+
+def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | None) -> dict[str, Any]:
+    """Trains, tests once, records and registers; prints what a person wants to know.
+
+    Args:
+        folder: an interrupted run to go on with; None starts a new one in `runs_dir`.
+
+    Returns:
+        result.json's content.
+    """
+    if recipe.launch.launcher == "torchrun":
+        return train_under_torchrun(recipe, folder, runs_dir, name)
+    index, recipe = check(recipe)
+    folder = folder or prepare(recipe, index, runs_dir, name)
+    print(f"run {folder}")
+    print(session.sentence(session.arithmetic(recipe, index)))
+    with Follower(folder, recipe.train.monitor):
+        result = launch.run(recipe, folder)
+    conclude(recipe, folder, result)
+    return result
+
+
+def check(recipe: Recipe) -> tuple[Index, Recipe]:
+    """All that can be known to be wrong before anything starts; paths made absolute, as ranks may run elsewhere."""
+    if not recipe.data.path:
+        raise ConfigError("no data: give --data FOLDER, a folder that `mmsa-dist pack` wrote")
+    data = recipe.data.model_copy(update={"path": str(Path(recipe.data.path).resolve())})
+    text = recipe.text
+    if text.encoder and Path(text.encoder).is_dir():
+        text = text.model_copy(update={"encoder": str(Path(text.encoder).resolve())})
+    recipe = recipe.model_copy(update={"data": data, "text": text})
+    index = Index.load(data.path)
+    session.check_data(recipe, index)
+    session.data_spec(recipe, index)
+    if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
+        raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
+    if recipe.engine.precision != "fp32" and recipe.engine.zero == 0:
+        raise ConfigError(f"engine.zero: {recipe.engine.precision} needs ZeRO 1, 2 or 3 here; use --zero 1")
+    if recipe.data.batch_size < recipe.optim.accumulation * recipe.launch.workers:
+        raise ConfigError(
+            f"data.batch_size: {recipe.data.batch_size} samples cannot be shared by {recipe.launch.workers} workers x "
+            f"{recipe.optim.accumulation} accumulation; raise --batch-size or lower --workers"
+        )
+    return index, recipe
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def prepare(recipe: Recipe, index: Index, runs_dir: Path, name: str | None) -> Path:
+    """A run folder with its description, and the MLflow run where tracking is on: an unreachable server is said now."""
+    folder = run_folder.create(runs_dir, name or recipe.system.rpartition(":")[2], recipe.dump())
+    session.write_description(folder, recipe, index)
+    if recipe.tracking.enabled:
+        from mmsa_dist.tracking import open_run
+
+        open_run(folder, recipe)
+    return folder
+
+
+def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
+    """Records and registers the model, and prints the table."""
+    from mmsa_dist.report import result_table
+    from shards.progress import console
+
+    console.print(result_table(result))
+    if recipe.tracking.enabled:
+        from mmsa_dist.tracking import finish_run
+
+        finish_run(folder, recipe)
+    print(
+        f"everything of this run is in {folder}; predict with:\n"
+        f"  mmsa-dist predict {folder} --data FOLDER --out predictions.csv"
+    )
+
+
+def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, name: str | None) -> dict[str, Any]:
+    """This process is one of torchrun's ranks: rank 0 is also the driver."""
+    missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"launch.launcher: torchrun sets {', '.join(missing)}, which this process lacks; start it as "
+            "`torchrun --nproc-per-node N -m mmsa_dist train … --launcher torchrun`, or use --launcher local"
+        )
+    for key, value in launch.RANK_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": world})})
+    index, recipe = check(recipe)
+    import torch.distributed as dist
+
+    from mmsa_dist.worker import join_group, run_rank
+
+    join_group(rank, world, recipe.launch.timeout)
+    if rank == 0:
+        folder = folder or prepare(recipe, index, runs_dir, name)
+        print(f"run {folder}\n{session.sentence(session.arithmetic(recipe, index))}", flush=True)
+    shared = [str(folder)]
+    dist.broadcast_object_list(shared)
+    folder = Path(shared[0])
+    with Follower(folder, recipe.train.monitor) if rank == 0 else nullcontext():
+        result = run_rank(folder, recipe, rank, world)
+    dist.destroy_process_group()
+    if rank == 0:
+        conclude(recipe, folder, result)
+    return result

@@ -1,0 +1,110 @@
+"""One rank: joins the process group, trains, and says in a file how it failed if it did.
+
+Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_dist.worker RUN`` is a rank, with
+RANK, WORLD_SIZE and either MMSA_RENDEZVOUS (a file) or MASTER_ADDR and MASTER_PORT in its environment.
+"""
+
+import datetime
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmsa_dist import run_folder
+from mmsa_dist.errors import MmsaError
+
+if TYPE_CHECKING:
+    from mmsa_dist.loop import Report
+    from mmsa_dist.recipe import Recipe
+
+
+def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Report | None" = None) -> dict[str, Any]:
+    """Trains as rank `rank` of `world`, in a process group that exists already.
+
+    Raises:
+        whatever went wrong, after writing it to ``failures/``. No collective is called then: peers may be dead.
+    """
+    events = run_folder.Events(folder, rank)
+    events.write("start", pid=os.getpid(), rank=rank, world=world)
+    try:
+        import torch
+
+        torch.set_num_threads(recipe.launch.cpus_per_worker)
+        from mmsa_dist.loop import fit
+        from mmsa_dist.session import open_session
+        from mmsa_dist.tracking import open_tracker
+
+        session = open_session(recipe, folder, rank, world)
+        events.write("ready", steps=session.engine.steps)
+        with open_tracker(folder, rank) as tracker:
+            result = fit(session, events, tracker, report or (lambda summary: None))
+        session.close()
+        return result
+    except BaseException as error:
+        record_failure(folder, rank, error)
+        raise
+    finally:
+        events.close()
+
+
+def record_failure(folder: Path, rank: int, error: BaseException) -> None:
+    """``failures/<time>-rank-<r>.json``: the sentence, the exit code where it is one of ours, the traceback."""
+    entry = {
+        "rank": rank,
+        "time": time.time(),
+        "type": type(error).__name__,
+        "exit_code": error.exit_code if isinstance(error, MmsaError) else None,
+        "message": str(error),
+        "traceback": traceback.format_exc(),
+    }
+    failures = folder / "failures"
+    try:
+        failures.mkdir(exist_ok=True)
+        (failures / f"{time.time_ns()}-rank-{rank}.json").write_text(json.dumps(entry, indent=1), encoding="utf-8")
+    except OSError:
+        print(f"rank {rank} failed: {error}", file=sys.stderr)  # the disk may be what failed
+
+
+def join_group(rank: int, world: int, timeout: float) -> None:
+    """The process group of a rank that Ray did not start."""
+    import torch
+    import torch.distributed as dist
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    rendezvous = os.environ.get("MMSA_RENDEZVOUS")
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{rendezvous}" if rendezvous else "env://",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def main() -> int:
+    """A rank that the local launcher started."""
+    from mmsa_dist.recipe import read_recipe
+
+    folder = Path(sys.argv[1])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    recipe = read_recipe(folder / "recipe.yaml")
+    try:
+        import torch.distributed as dist
+
+        join_group(rank, world, recipe.launch.timeout)
+        run_rank(folder, recipe, rank, world)
+        dist.destroy_process_group()
+    except MmsaError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a peer that died must not hold this one in a destructor

@@ -1,0 +1,110 @@
+"""Batches of a plan, prepared ahead by a few threads and handed out in the plan's order.
+
+Threads, not processes: a sample is a view into a mapped file, and the conversion to float32, which is all the work,
+runs without the interpreter lock. They live as long as the loader, over all epochs.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from threading import Lock
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from shards.batch import Batch, BatchSpec, TextIds, collate
+from shards.plan import EvaluationPlan, Piece, Plan, share
+from shards.read import ShardReader
+from shards.utterance import Utterance
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Loader:
+    """Reads and collates the batches of one rank.
+
+    Args:
+        reader: of the samples.
+        spec: what goes into a batch.
+        readers: threads; 0 works in the calling thread. At most twice as many batches are prepared ahead. The batches
+            are the same for any number.
+    """
+
+    def __init__(self, reader: ShardReader, spec: BatchSpec, readers: int = 1) -> None:
+        assert readers >= 0, readers
+        self._reader = reader
+        self._readers = readers
+        self._text_lock = Lock()
+        self._with_text = spec.text_ids is not None
+        self._spec = replace(spec, text_ids=self._one_at_a_time(spec.text_ids)) if spec.text_ids else spec
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="mmsa-reader") if readers else None
+
+    def train(
+        self, plan: Plan, rank: int, world: int, accumulation: int = 1, start_step: int = 0
+    ) -> Iterator[list[Batch]]:
+        """The rank's micro-batches of each step of an epoch, from `start_step` on.
+
+        Raises:
+            DataError: when the batch that cannot be read is due.
+        """
+        steps = range(start_step, plan.num_steps)
+        pieces = (piece for s in steps for piece in share(plan.step(s), rank, world, accumulation))
+        with closing(self._batches(pieces)) as batches:
+            for _ in steps:
+                yield list(islice(batches, accumulation))
+
+    def evaluate(self, plan: EvaluationPlan, rank: int, world: int) -> Iterator[Batch]:
+        """The rank's batches of an evaluation; see `EvaluationPlan.batches_for`."""
+        return self._batches(plan.batches_for(rank, world))
+
+    def close(self) -> None:
+        """Ends the threads. Iterators that are not used up yet cannot be used afterwards."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _batches(self, pieces: Iterable[Piece]) -> Generator[Batch]:
+        if self._pool is None:
+            return (self._batch(piece) for piece in pieces)
+        return _ahead(self._pool, self._batch, pieces, 2 * self._readers)
+
+    def _batch(self, piece: Piece) -> Batch:
+        samples = self._reader.samples(piece.numbers, with_text=self._with_text)
+        return collate(samples, self._spec, piece.numbers, piece.weight, piece.norm)
+
+    def _one_at_a_time(self, text_ids: TextIds) -> TextIds:
+        """`text_ids` for several threads: fast tokenizers raise "Already borrowed" when two enter at once."""
+
+        def locked(samples: list[Utterance]) -> list[np.ndarray]:
+            with self._text_lock:
+                return text_ids(samples)
+
+        return locked
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], depth: int
+) -> Generator[_Result]:
+    """``map(work, items)`` with at most `depth` results prepared ahead by the pool; an exception comes at its place."""
+    remaining = iter(items)
+    pending: deque[Future[_Result]] = deque(pool.submit(work, item) for item in islice(remaining, depth))
+    try:
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(work, item) for item in islice(remaining, 1))
+            yield result
+    finally:
+        for future in pending:
+            future.cancel()

@@ -1,0 +1,58 @@
+"""How long work shows itself: a bar on a terminal, plain lines elsewhere (logs, pipes, CI).
+
+Results go to standard output (`console`), progress and remarks to standard error (`remarks`): output can be piped.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+remarks = Console(stderr=True, highlight=False)
+
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a plain line appears where there is no terminal."""
+
+_Item = TypeVar("_Item")
+
+
+def track(iterable: Iterable[_Item], total: int | None, description: str) -> Iterator[_Item]:
+    """Yields what `iterable` yields and shows how far it is.
+
+    Args:
+        total: number of items, None where it is not known.
+        description: what is being done, e.g. ``packing train``.
+    """
+    if remarks.is_terminal:
+        yield from _bar(iterable, total, description)
+    else:
+        yield from _lines(iterable, total, description)
+
+
+def _bar(iterable: Iterable[_Item], total: int | None, description: str) -> Iterator[_Item]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=remarks, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        for item in iterable:
+            yield item
+            progress.advance(task)
+
+
+def _lines(iterable: Iterable[_Item], total: int | None, description: str) -> Iterator[_Item]:
+    last = time.monotonic()
+    for done, item in enumerate(iterable):
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            share = f"/{total:,} ({100 * done // total} %)" if total else ""
+            remarks.print(f"{description}: {done:,}{share}", soft_wrap=True)
+        yield item

@@ -1,0 +1,99 @@
+"""What every sample goes through on its way in: finite values, the declared width, labels in range, nothing empty.
+
+Shapes: T steps, D width.
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from shards.errors import DataError
+from shards.sources import Source
+from shards.utterance import Utterance
+
+
+class Cleaner:
+    """Checks samples of one source and counts what it had to mend.
+
+    Attributes:
+        non_finite: modality -> values that were NaN or infinite; they become zero.
+        present: modality -> samples that have it.
+        absent: modality -> samples that lack it: no step, or no finite value at all.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.non_finite: Counter[str] = Counter()
+        self.present: Counter[str] = Counter()
+        self.absent: Counter[str] = Counter()
+
+    def clean(self, utterance: Utterance) -> Utterance:
+        """The sample as it may be stored.
+
+        Raises:
+            DataError: wrong shape, label out of range, or nothing in it; names file, split, id and value.
+        """
+        modalities: dict[str, np.ndarray] = {}
+        for name, width in self._source.widths.items():
+            array = self._values(name, utterance.modalities.get(name), width, utterance)
+            if array is None:
+                self.absent[name] += 1
+            else:
+                self.present[name] += 1
+                modalities[name] = array
+        words = utterance.raw_text is not None and utterance.raw_text.strip() != ""
+        if not modalities and not words and (utterance.tokens is None or not len(utterance.tokens)):
+            raise DataError(
+                f"{self._at(utterance)}: every modality has length zero and there is no text; remove the sample"
+            )
+        for task, label in utterance.labels.items():
+            self._check_label(task, label, utterance)
+        return replace(utterance, modalities=modalities)
+
+    def check_something_finite(self) -> None:
+        """Call after the train split.
+
+        Raises:
+            DataError: a modality of the source was absent from every sample so far.
+        """
+        for name in self._source.widths:
+            if not self.present[name]:
+                raise DataError(
+                    f"{self._source.where}: {name} has not one finite value in the {self.absent[name]:,} train samples; "
+                    f"there is nothing to learn from: leave {name} out (see --help) or extract it again"
+                )
+
+    def notes(self) -> list[str]:
+        """What was mended, in sentences."""
+        zeroed = [f"{name}: {n:,} values were NaN or infinite; zeroed" for name, n in self.non_finite.items() if n]
+        absent = [f"{name}: {n:,} samples have none; marked absent" for name, n in self.absent.items() if n]
+        return zeroed + absent
+
+    def _at(self, utterance: Utterance) -> str:
+        return f"{self._source.where}: {utterance.split}, id {utterance.key!r}"
+
+    def _values(self, name: str, array: np.ndarray | None, width: int, utterance: Utterance) -> np.ndarray | None:
+        if array is None:
+            return None
+        if array.ndim != 2 or array.shape[1] != width:
+            raise DataError(f"{self._at(utterance)}: {name} has shape {array.shape}, expected (steps, {width})")
+        if not array.size:
+            return None
+        finite = np.isfinite(array)
+        if finite.all():
+            return array
+        self.non_finite[name] += int(array.size - np.count_nonzero(finite))
+        # zeros would pretend to be measured: a sample with no finite value lacks the modality
+        return np.where(finite, array, np.zeros((), array.dtype)) if finite.any() else None
+
+    def _check_label(self, task: str, label: float, utterance: Utterance) -> None:
+        low, high = self._source.label_range
+        if math.isnan(label) and task != "M":  # a sample may lack a unimodal label
+            return
+        if not low <= label <= high:  # also true of NaN
+            raise DataError(
+                f"{self._at(utterance)}: label {task} is {label:g}, expected {low:g}..{high:g}; "
+                "correct it, or tell the range with --label-range"
+            )

@@ -1,0 +1,107 @@
+"""No file is used before its size and checksum are what the index says; each is read for that once per node.
+
+What was verified is remembered in a folder of the user's own, under everything that would change with the file. Ranks
+of a node that meet a new file at the same time take turns: one reads it, the others find it remembered.
+"""
+
+import fcntl
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.errors import DataError
+from shards.files import sha256_of
+
+_UNSETTLED_NS = 100_000_000
+"""A file changed so recently may change again without another modification time (the clock of a file system is coarse):
+it is verified but not remembered."""
+
+
+def marker_folder() -> Path:
+    """Where verified files are remembered: below ``$MMSA_CACHE``, else the user's cache folder."""
+    own = os.environ.get("MMSA_CACHE")
+    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmsa-dist"
+    return base / "verified"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the index says of a file."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+    def check_size(self) -> os.stat_result:
+        """The file's status.
+
+        Raises:
+            DataError: it is missing, or of another size.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read ({error.strerror}), but the index lists it with {self.bytes} bytes; "
+                "copy the folder whole or pack again"
+            ) from error
+        if status.st_size != self.bytes:
+            raise DataError(
+                f"{self.path}: has {status.st_size} bytes, expected {self.bytes}: it is truncated or not the file that "
+                "was packed; copy it again or pack again"
+            )
+        return status
+
+    def check(self) -> None:
+        """Raises DataError unless size and checksum are right; reads the file unless this node has done so before."""
+        marker = self._marker(self.check_size())
+        if marker.exists():
+            return
+        with _one_at_a_time(marker):
+            if marker.exists():
+                return
+            found = sha256_of(self.path)
+            if found != self.sha256:
+                raise DataError(
+                    f"{self.path}: sha256 is {found}, expected {self.sha256}: its bytes are damaged or not the ones "
+                    "that were packed; copy it again or pack again"
+                )
+            after = self.check_size()
+            if self._marker(after) == marker and time.time_ns() - after.st_ctime_ns > _UNSETTLED_NS:
+                _remember(marker)
+
+    def _marker(self, status: os.stat_result) -> Path:
+        """The file whose existence says that exactly this file, on this node, was verified."""
+        what = (
+            socket.gethostname(),
+            self.path.resolve(),
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            self.sha256,
+        )
+        return marker_folder() / hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()
+
+
+@contextmanager
+def _one_at_a_time(marker: Path) -> Iterator[None]:
+    """Holds the lock of a marker; where no folder can be written, works without (each process then verifies)."""
+    with ExitStack() as stack:
+        # not every file system has folders to write or locks; one of few lock files: nothing to clean up
+        with suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = stack.enter_context(marker.with_name(f"lock-{marker.name[:2]}").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remember(marker: Path) -> None:
+    with suppress(OSError):  # a full or read-only disk costs reading the file again, no more
+        marker.touch()

@@ -1,0 +1,15 @@
+"""Fixtures for every test."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.ranks import close_pools, run_ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[..., list[Any]]]:
+    """`run_ranks`: ``ranks(fn, 2, *args)`` calls a module's function on two CPU ranks (see `tests.ranks`)."""
+    yield run_ranks
+    close_pools()

@@ -1,0 +1,164 @@
+"""Law 1 for the engine alone, and the portable state: every pair of ZeRO stages and numbers of ranks."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmsa_dist.config import EngineConfig, GroupValues, OptimConfig
+from mmsa_dist.errors import ConfigError, TrainingError
+from mmsa_dist.portable import State
+from tests.mmsa_dist.toy import SPEC, Toy, ToyConfig, global_batch, share
+
+OPTIM = OptimConfig(
+    lr=GroupValues(text=1e-3, audio=3e-3, vision=1e-3, rest=1e-2),
+    weight_decay=GroupValues(text=0, audio=0.1, vision=0, rest=0.01),
+)
+STAGES = (0, 1, 2, 3)
+
+
+def plain_losses(steps: int, optim: OptimConfig = OPTIM) -> list[float]:
+    """The same training in plain torch, one process."""
+    torch.manual_seed(1)
+    system = Toy(ToyConfig(), SPEC)
+    rest = [p for name, p in system.named_parameters() if name.startswith(("mix", "out"))]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(system.audio.parameters()), "lr": optim.lr.audio, "weight_decay": optim.weight_decay.audio},
+            {"params": rest, "lr": optim.lr.rest, "weight_decay": optim.weight_decay.rest},
+        ]
+    )
+    losses = []
+    for step in range(steps):
+        batch = global_batch(step)
+        loss = system.loss(system(batch), batch, batch.labels).total
+        optimizer.zero_grad()
+        loss.backward()
+        if optim.clip:
+            torch.nn.utils.clip_grad_norm_([p for p in system.parameters() if p.requires_grad], optim.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(
+    stage: int, first: int, steps: int, state: State | None, optim: OptimConfig, save: bool, precision: str = "fp32"
+) -> tuple[list[float], State | None]:
+    """Steps `first` to `first + steps` on this rank; losses and, on rank 0, the state."""
+    from mmsa_dist.engine import Engine
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    system = Toy(ToyConfig(), SPEC)
+    config = EngineConfig(zero=stage, precision=precision)  # type: ignore[arg-type]
+    engine = Engine(system, optim, config, micro_batch=12 // (world * optim.accumulation), total_steps=100, state=state)
+    losses = []
+    for step in range(first, first + steps):
+        batches = share(global_batch(step), rank, world, optim.accumulation)
+        losses.append(engine.step(batches, lambda p, b: system.loss(p, b, b.labels)).loss)
+    saved = engine.state() if save else None
+    engine.close()
+    return losses, saved
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_follows_plain_torch(ranks: Callable[..., Any], world: int, stage: int) -> None:
+    expected = plain_losses(8)
+    for losses, _ in ranks(train, world, stage, 0, 8, None, OPTIM, False):
+        assert losses == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_and_clipping_follow_plain_torch(ranks: Callable[..., Any], stage: int) -> None:
+    """Two micro-batches of 3 on 2 ranks are one batch of 12; the clipped norm is that of the joint gradient."""
+    optim = OPTIM.model_copy(update={"accumulation": 2, "clip": 0.05})
+    expected = plain_losses(8, optim)
+    for losses, _ in ranks(train, 2, stage, 0, 8, None, optim, False):
+        assert losses == pytest.approx(expected, abs=1e-5)
+    assert plain_losses(8) != pytest.approx(expected, abs=1e-4), "clipping must matter here"
+
+
+def test_state_loads_at_every_pair(ranks: Callable[..., Any]) -> None:
+    """Saved after 4 steps at any stage on 1 or 2 ranks, continued at any other: the losses of an unbroken run."""
+    expected = plain_losses(8)
+    states = {(w, s): ranks(train, w, s, 0, 4, None, OPTIM, True)[0][1] for w in (1, 2) for s in STAGES}
+    for ((saved_world, saved_stage), state), world, stage in itertools.product(states.items(), (1, 2), STAGES):
+        for losses, _ in ranks(train, world, stage, 4, 4, state, OPTIM, False):
+            assert losses == pytest.approx(expected[4:], abs=1e-5), (saved_world, saved_stage, world, stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_continuing_is_bitwise_at_the_same_world_size(ranks: Callable[..., Any], stage: int) -> None:
+    whole = ranks(train, 2, stage, 0, 8, None, OPTIM, False)[0][0]
+    state = ranks(train, 2, stage, 0, 4, None, OPTIM, True)[0][1]
+    assert ranks(train, 2, stage, 4, 4, state, OPTIM, False)[0][0] == whole[4:]
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_bf16_trains_and_continues(ranks: Callable[..., Any], stage: int) -> None:
+    whole = ranks(train, 2, stage, 0, 8, None, OPTIM, False, "bf16")[0][0]
+    assert whole == pytest.approx(plain_losses(8), abs=0.1)
+    state = ranks(train, 2, stage, 0, 4, None, OPTIM, True, "bf16")[0][1]
+    assert ranks(train, 2, stage, 4, 4, state, OPTIM, False, "bf16")[0][0] == pytest.approx(whole[4:], abs=1e-2)
+
+
+def nan_on_rank_one(stage: int) -> str:
+    from mmsa_dist.engine import Engine
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(1)
+    system = Toy(ToyConfig(), SPEC)
+    engine = Engine(system, OPTIM, EngineConfig(zero=stage), micro_batch=6, total_steps=100)  # type: ignore[arg-type]
+    batch = global_batch(0)
+    batch.values["audio"][9] = float("nan")  # a sample of rank 1
+    before = engine.state()
+    try:
+        engine.step(share(batch, rank, world), lambda p, b: system.loss(p, b, b.labels))
+    except TrainingError as error:
+        after = engine.state()  # both ranks are here, so a collective call is safe
+        if before is not None and after is not None:
+            assert all(torch.equal(before.weights[name], after.weights[name]) for name in before.weights)
+        return str(error)
+    finally:
+        engine.close()
+    return "stepped"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_rank_steps_on_nan(ranks: Callable[..., Any], stage: int) -> None:
+    here, there = ranks(nan_on_rank_one, 2, stage)
+    assert "the loss is not finite (this rank's loss is finite)" in here
+    assert "sample0-9" in there and "sample0-3" not in there
+
+
+def refused(precision: str, stage: int) -> str:
+    from mmsa_dist.engine import Engine
+
+    config = EngineConfig(zero=stage, precision=precision)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        Engine(Toy(ToyConfig(), SPEC), OPTIM, config, micro_batch=12, total_steps=1)
+    return str(caught.value)
+
+
+def test_precisions_that_cannot_work_are_refused(ranks: Callable[..., Any]) -> None:
+    assert "fp16 needs a GPU" in ranks(refused, 1, "fp16", 1)[0]
+    assert "use --zero 1" in ranks(refused, 1, "bf16", 0)[0]
+
+
+def schedules() -> None:
+    from mmsa_dist.engine import schedule
+
+    linear = schedule(OptimConfig(schedule="linear", warmup=0.1), 100)
+    assert [linear(0), linear(9), linear(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert linear(55) == pytest.approx(0.5)
+    cosine = schedule(OptimConfig(schedule="cosine"), 100)
+    assert [cosine(0), cosine(50), cosine(100)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+    assert schedule(OptimConfig(), 100)(99) == 1.0
+
+
+def test_schedules(ranks: Callable[..., Any]) -> None:
+    ranks(schedules, 1)

@@ -1,0 +1,1 @@
+"""What searching is: search spaces and sweeps."""
