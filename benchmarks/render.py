@@ -141,7 +141,7 @@ def wanted(row: dict[str, Any]) -> str:
 def significant(value: float) -> str:
     """Three significant digits, thousands grouped, never an exponent."""
     if value == 0 or not math.isfinite(value):
-        return str(value)
+        return f"{value:g}"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{places}f}"
 

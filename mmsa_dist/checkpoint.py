@@ -54,7 +54,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         moments = {f"{key}.{name}": t for key in MOMENTS for name, t in checkpoint.engine.moments[key].items()}
         save_file(moments, partial / "optimizer.safetensors")
         save_file(checkpoint.generator, partial / "labels.safetensors")
-        progress = {"step": step, **checkpoint.progress}
+        progress = {"engine_step": step, "run": checkpoint.progress}
         (partial / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(
@@ -102,8 +102,8 @@ def load(path: Path) -> Checkpoint:
         key: {name.removeprefix(f"{key}."): t for name, t in flat.items() if name.startswith(f"{key}.")}
         for key in MOMENTS
     }
-    state = State(progress.pop("step"), load_file(path / "weights.safetensors"), moments)
-    return Checkpoint(state, load_file(path / "labels.safetensors"), progress)
+    state = State(progress["engine_step"], load_file(path / "weights.safetensors"), moments)
+    return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
 
 
 def damage(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mmsa_dist.config import Strict, TextConfig
 from mmsa_dist.errors import DataError
@@ -45,9 +45,9 @@ class DataCard(Strict):
     """The data set holds transcripts."""
     has_tokens: bool = False
     """The data set holds token ids."""
-    splits: dict[str, int] = {}
+    splits: dict[str, int] = Field(default_factory=dict)
     """Samples per split."""
-    statistics: dict[str, Statistics] = {}
+    statistics: dict[str, Statistics] = Field(default_factory=dict)
     """Of the modalities that the recipe standardises, and of no other."""
 
     @classmethod
@@ -69,7 +69,9 @@ class DataCard(Strict):
             has_raw_text=index.has_raw_text,
             has_tokens=index.has_tokens,
             splits=dict(index.splits),
-            statistics={name: Statistics(**_plain(index.statistics[name])) for name in normalize if name in spec.widths},
+            statistics={
+                name: Statistics(**_plain(index.statistics[name])) for name in normalize if name in spec.widths
+            },
         )
 
     def spec(self, text: TextConfig | None = None) -> "DataSpec":
@@ -103,13 +105,13 @@ class DataCard(Strict):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); expected the folder of a run that reached its first epoch, or of a model"
+                f"{path}: cannot be read ({error.strerror}); expected the folder of a run or of a model"
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the file"
             raise DataError(
-                f"{path}: {field}: {first['msg']}; it was written by another version of mmsa-dist or damaged: train again"
+                f"{path}: {field}: {first['msg']}; another version of mmsa-dist wrote it, or it is damaged: train again"
             ) from error
 
 

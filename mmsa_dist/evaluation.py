@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mmsa_dist import metrics
 from mmsa_dist.errors import TransientError
 from mmsa_dist.session import Session
-from shards.plan import EvaluationPlan
+from shards.plan import evaluation_plan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Evaluation:
 
 def evaluate(session: Session, split: str) -> Evaluation:
     """Predicts `split` on all ranks. A collective call."""
-    plan = EvaluationPlan(session.index, split, session.recipe.data.eval_batch_size)
+    plan = evaluation_plan(session.index, split, session.recipe.data.eval_batch_size)
     rows = []
     for batch in session.loader.evaluate(plan, session.rank, session.world):
         predicted = session.engine.predict(batch).tasks["M"].double().cpu()
@@ -58,7 +58,8 @@ def gather_rows(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def save_predictions(session: Session, split: str, evaluation: Evaluation) -> None:
     """``predictions/<split>.npz``: numbers, key, y, p."""
-    keys = np.array([session.loader.reader.key(int(n)) for n in evaluation.numbers], dtype=np.str_)
+    index = session.index
+    keys = np.array([key for no in index.shards_of(split) for key in index.table(no)["key"].to_pylist()], dtype=np.str_)
     target: Path = session.folder / "predictions" / f"{split}.npz"
     partial = target.with_name(f".{target.name}")
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mmsa_dist import checkpoint, metrics, run_folder
@@ -26,12 +27,12 @@ class Progress:
     """Where a run stands; plain values, saved with every checkpoint.
 
     Attributes:
-        epoch: from 1. step: optimizer steps taken in it.
+        epoch: from 1. step_in_epoch: optimizer steps taken in it.
         loss_sum: of the epoch's steps so far. best_*: the best validation result yet. stale: epochs since then.
     """
 
     epoch: int = 1
-    step: int = 0
+    step_in_epoch: int = 0
     loss_sum: float = 0.0
     best_value: float | None = None
     best_epoch: int = 0
@@ -47,19 +48,19 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
 
     while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
         plan = session.plan(state.epoch)
-        steps = session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, state.step)
+        steps = session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, state.step_in_epoch)
         for batches in steps:
             seed_step(recipe.seed, engine.steps, session.rank)
             batches = [batch.to(engine.device) for batch in batches]
             done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b)))
             generator.observe(state.epoch, batches, done.predictions)
-            state.step += 1
+            state.step_in_epoch += 1
             state.loss_sum += done.loss
-            events.step(state.epoch, state.step, plan.num_steps, done.loss)
+            events.step(state.epoch, state.step_in_epoch, plan.num_steps, done.loss)
             if (
                 recipe.checkpoint.every_steps
                 and engine.steps % recipe.checkpoint.every_steps == 0
-                and state.step < plan.num_steps
+                and state.step_in_epoch < plan.num_steps
             ):
                 save(session, state)
         generator.end_epoch()
@@ -76,7 +77,7 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         }  # fmt: skip
         events.write("epoch", **summary)
         tracker.epoch(flat(summary), engine.steps)
-        state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+        state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
         save(session, state)
         report(flat(summary))
     return finish(session, state, events)
@@ -85,6 +86,7 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
 def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
     """The best epoch's weights: kept, evaluated on validation and, once, on the test split."""
     best = checkpoint.step_folder(session.folder / "checkpoints", state.best_step) / "weights.safetensors"
+    dist.barrier()  # rank 0 may still be writing it
     session.engine.load_weights(load_file(best))
     result: dict[str, Any] = {
         "system": session.recipe.system, "data": session.index.name, "synthetic": session.index.synthetic,

@@ -140,8 +140,9 @@ def is_better(name: str, new: float | None, old: float | None) -> bool:
 
 
 def _checked(y: npt.ArrayLike, p: npt.ArrayLike) -> tuple[Floats, Floats]:
-    truth = np.asarray(y, dtype=np.float32).reshape(-1)
-    prediction = np.asarray(p, dtype=np.float32).reshape(-1)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, which has its sentence below
+        truth = np.asarray(y, dtype=np.float32).reshape(-1)
+        prediction = np.asarray(p, dtype=np.float32).reshape(-1)
     if len(truth) != len(prediction):
         raise ValueError(f"{len(truth)} labels for {len(prediction)} predictions")
     for values, what, error in ((prediction, "predictions", TrainingError), (truth, "labels", DataError)):

@@ -3,13 +3,15 @@
 Knows nothing of training: no DeepSpeed, no Ray, no MLflow. It runs inside a served model, where this package may not be
 installed, so it imports little.
 
-A *model folder* is ``{weights.safetensors, recipe.yaml, data.json, encoder/}``; the last only where text goes through an
-encoder, and without its weights, which are among the system's. A run folder holds the same, the weights in ``best/``.
+A *model folder* is ``{weights.safetensors, recipe.yaml, data.json, encoder/}``; the last only where text goes through
+an encoder, and without its weights, which are among the system's. A run folder holds the same, the weights in
+``best/``.
 
 Shapes: B samples, T steps, D width.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from mmsa_dist.config import TextConfig
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.errors import DataError
 from mmsa_dist.recipe import Recipe, read_recipe
-from shards.batch import Batch
-from shards.utterance import MODALITIES, Utterance
+from shards.batch import BatchSpec, Standard, collate
+from shards.utterance import Utterance
 
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.yaml"
@@ -46,7 +48,7 @@ class Predictor:
         self.card = card
         self.system = system.eval()
         self.text = text
-        self._collate = _collator(card, text)
+        self._spec = _batch_spec(card, text)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Predictor":
@@ -71,9 +73,26 @@ class Predictor:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a record must hold: ``raw_text`` or ``tokens`` or ``text``, ``audio``, ``vision``; as the system needs."""
+        """What a record must hold: ``raw_text`` or ``tokens`` or ``text``; ``audio``; ``vision``."""
         text = "text" if self.text is None else "tokens" if self.card.reads_tokens else "raw_text"
         return tuple(text if name == "text" else name for name in self.card.widths)
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that the system answers, M first."""
+        found = self.predict([self.utterance(self.example(), "example")])
+        return ("M", *(task for task in found if task != "M"))
+
+    def example(self) -> dict[str, Any]:
+        """A made-up record with every column; nothing of the training data, which may be private."""
+        rng = np.random.default_rng(0)
+        made: dict[str, Any] = {"raw_text": "I REALLY ENJOYED THIS FILM, THE CAST IS WONDERFUL", "tokens": [1, 2, 3, 4]}
+        return {
+            column: made[column]
+            if column in made
+            else rng.standard_normal((3, self.card.widths[name])).round(2).tolist()
+            for name, column in zip(self.card.widths, self.columns, strict=True)
+        }
 
     @torch.no_grad()
     def predict(self, utterances: Sequence[Utterance]) -> dict[str, np.ndarray]:
@@ -84,7 +103,7 @@ class Predictor:
         """
         for utterance in utterances:
             self.check(utterance)
-        prediction = self.system(self._collate(list(utterances)).to(self.device))
+        prediction = self.system(collate(utterances, self._spec).to(self.device))
         return {task: values.detach().float().cpu().numpy() for task, values in prediction.tasks.items()}
 
     def check(self, utterance: Utterance) -> None:
@@ -99,15 +118,15 @@ class Predictor:
                 check_width(f"sample {utterance.key!r}", name, array.shape[-1], self.card.widths[name])
         if not held:
             raise DataError(
-                f"sample {utterance.key!r}: has none of {', '.join(self.columns)}, which the model reads; give at least one"
+                f"sample {utterance.key!r}: has none of {', '.join(self.columns)}, which the model reads; give one"
             )
 
     def utterance(self, record: Mapping[str, Any], key: str) -> Utterance:
         """A record of plain values (JSON) as an utterance.
 
         Args:
-            record: column -> value: ``raw_text`` a string, ``tokens`` (T,) integers, features (T, D) numbers or, for one
-                step, (D,). None, NaN and an empty list mean that the sample lacks it.
+            record: column -> value: ``raw_text`` a string, ``tokens`` (T,) integers, features (T, D) numbers or, for
+                one step, (D,). None, NaN and an empty list mean that the sample lacks it.
             key: what to call it in messages.
 
         Raises:
@@ -149,7 +168,7 @@ def check_width(where: str, name: str, found: int, wanted: int) -> None:
         )
 
 
-def chunks(utterances: Iterable[Utterance], size: int) -> Iterable[list[Utterance]]:
+def chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
     """Lists of `size` utterances, the last one shorter."""
     chunk: list[Utterance] = []
     for utterance in utterances:
@@ -170,32 +189,15 @@ def _text(card: DataCard, folder: Path) -> TextConfig | None:
     return card.text.model_copy(update={"encoder": encoder, "pretrained": False})
 
 
-def _collator(card: DataCard, text: TextConfig | None) -> Any:
-    from shards.batch import collate
-
+def _batch_spec(card: DataCard, text: TextConfig | None) -> BatchSpec:
     ids = None
     if text is not None:
         from mmsa_dist.layers.text import text_ids
 
         ids = text_ids(text, card)
-    statistics = {
-        name: {"mean": np.asarray(s.mean, np.float32), "std": np.asarray(s.std, np.float32)} for name, s in card.statistics.items()
-    }
-
-    def batch(utterances: list[Utterance]) -> Batch:
-        return collate(
-            utterances,
-            weight=np.ones(len(utterances), dtype=np.float32),
-            norm=float(len(utterances)),
-            modalities=tuple(card.widths),
-            numbers=np.arange(len(utterances), dtype=np.int64),
-            widths=dict(card.widths),
-            tasks=card.tasks,
-            text_ids=ids,
-            statistics=statistics,
-        )
-
-    return batch
+    widths = {name: None if name == "text" and ids else width for name, width in card.widths.items()}
+    standard = {name: Standard.of(values.model_dump()) for name, values in card.statistics.items()}
+    return BatchSpec(widths, card.tasks, ids, standard)
 
 
 def _load_weights(system: nn.Module, path: Path) -> None:
@@ -261,13 +263,14 @@ def _features(value: Any, key: str, name: str, width: int) -> np.ndarray:
     try:
         array = np.asarray(rows, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise DataError(f"sample {key!r}: {name} holds what is not a number ({error}); expected T x {width} numbers") from error
+        raise DataError(
+            f"sample {key!r}: {name} holds what is not a number ({error}); expected T x {width} numbers"
+        ) from error
     if array.ndim != 2:
         raise DataError(f"sample {key!r}: {name} has {array.ndim} dimensions, expected 2: T steps x {width} numbers")
     if not np.isfinite(array).all():
         step, feature = np.argwhere(~np.isfinite(array))[0]
-        raise DataError(f"sample {key!r}: {name} step {step}, feature {feature} is {array[step, feature]}, expected a finite number")
+        raise DataError(
+            f"sample {key!r}: {name} step {step}, feature {feature} is {array[step, feature]}, expected a finite number"
+        )
     return array
-
-
-__all__ = ["MODALITIES", "Predictor", "check_width", "chunks", "weights_path"]

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Recipe(Strict):
         return self.model_dump(mode="json")
 
 
+@cache
 def recipe_class(system: str) -> type[Recipe]:
     """The recipe type of `system`: `Recipe` with the system's own configuration as ``model``."""
     from mmsa_dist.systems import get_system

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, MmsaError
 from mmsa_dist.suggest import nearest
 
 Part = TypeVar("Part")
@@ -69,7 +69,9 @@ class Registry(Generic[Part]):
             for point in entry_points(group=self.package):
                 if point.name == name:
                     return self._checked(name, point.load())
-        except (ImportError, AttributeError) as error:
+        except MmsaError:
+            raise
+        except Exception as error:  # whatever a third party's module does when it is imported
             raise ConfigError(
                 f"{self.kind} {name!r} cannot be imported: {error}; wanted package.module:Class"
             ) from error

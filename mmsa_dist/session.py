@@ -1,14 +1,15 @@
 """Everything one rank needs to train: data, system, labels, engine. Built the same way on every rank."""
 
-import json
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist.data_card import DataCard
 from mmsa_dist.engine import Engine
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
@@ -16,8 +17,9 @@ from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System, get_system
 from shards.index import Index
-from shards.loader import BatchSpec, Loader
-from shards.plan import Plan
+from shards.batch import BatchSpec
+from shards.loader import Loader
+from shards.plan import Plan, training_plan
 from shards.read import ShardReader
 from shards.utterance import MODALITIES
 
@@ -41,16 +43,18 @@ class Session:
     system: System
     generator: LabelGenerator
     engine: Engine
+    reader: ShardReader
     loader: Loader
-    progress: dict
+    progress: dict[str, Any]
 
     def plan(self, epoch: int) -> Plan:
         """The order of `epoch` (from 1)."""
         data = self.recipe.data
-        return Plan(self.index, "train", self.recipe.seed, epoch, data.batch_size, data.window)
+        return training_plan(self.index, "train", self.recipe.seed, epoch, data.batch_size, data.window)
 
     def close(self) -> None:
         self.loader.close()
+        self.reader.close()
         self.engine.close()
 
 
@@ -78,10 +82,11 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     generator = label_generator(recipe, index, system, engine.device)
     if saved:
         generator.load_state_dict(saved.generator)
-    loader = Loader(ShardReader(index), batch_spec(recipe, index, spec), recipe.data.readers)
+    reader = ShardReader(index)
+    loader = Loader(reader, batch_spec(recipe, index, spec), recipe.data.readers)
     kind = metrics.kind_for(index.label_range)
     progress = saved.progress if saved else {}
-    return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, loader, progress)
+    return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, reader, loader, progress)
 
 
 def check_data(recipe: Recipe, index: Index) -> None:
@@ -143,16 +148,9 @@ def data_spec(recipe: Recipe, index: Index) -> DataSpec:
 
 def batch_spec(recipe: Recipe, index: Index, spec: DataSpec) -> BatchSpec:
     """How samples become batches."""
-    unknown = [m for m in recipe.data.normalize if m not in index.statistics]
-    if unknown:
-        raise ConfigError(f"data.normalize: {index.name} has no stored features of {', '.join(unknown)}")
-    return BatchSpec(
-        modalities=tuple(spec.widths),
-        widths=dict(spec.widths),
-        tasks=index.tasks,
-        text_ids=text_ids(spec.text, index) if spec.text else None,
-        statistics={m: index.statistics[m] for m in recipe.data.normalize},
-    )
+    ids = text_ids(spec.text, index) if spec.text else None
+    normalize = [m for m in recipe.data.normalize if m in spec.widths]
+    return BatchSpec.of(index, tuple(spec.widths), ids, normalize)
 
 
 def label_generator(recipe: Recipe, index: Index, system: System, device: torch.device) -> LabelGenerator:
@@ -169,9 +167,9 @@ def label_generator(recipe: Recipe, index: Index, system: System, device: torch.
                 labels.append(table["label_M"].to_numpy())
     return make_generator(
         name,
-        numbers=torch.arange(numbers.start, numbers.stop) if keys else torch.zeros(0, dtype=torch.int64),
-        ids=torch.tensor([stable_id(key) for key in keys], dtype=torch.int64),
-        labels=torch.from_numpy(np.concatenate(labels)).float() if labels else torch.zeros(0),
+        numbers=numbers if keys else [],
+        ids=[stable_id(key) for key in keys],
+        labels=np.concatenate(labels) if labels else [],
         widths=system.feature_widths(),
         label_range=index.label_range,
         device=device,
@@ -184,29 +182,18 @@ def stable_id(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def describe(recipe: Recipe, index: Index, spec: DataSpec) -> dict:
+def card(recipe: Recipe, index: Index) -> DataCard:
     """``data.json``: what the system was built for, enough to build it again without the data."""
-    return {
-        "name": index.name,
-        "synthetic": index.synthetic,
-        "fingerprint": index.fingerprint,
-        "kind": metrics.kind_for(index.label_range),
-        "widths": dict(spec.widths),
-        "label_range": list(index.label_range),
-        "tasks": list(index.tasks),
-        "text": spec.text.model_dump() if spec.text else None,
-        "statistics": {m: index.statistics[m] for m in recipe.data.normalize},
-        "splits": dict(index.splits),
-    }
+    return DataCard.of(index, data_spec(recipe, index), metrics.kind_for(index.label_range), recipe.data.normalize)
 
 
 def write_description(folder: Path, recipe: Recipe, index: Index) -> None:
     """Writes ``data.json`` and ``plan.json`` into a run folder; the driver does, before anything starts."""
-    run_folder.write_json(folder / "data.json", describe(recipe, index, data_spec(recipe, index)))
+    card(recipe, index).save(folder)
     run_folder.write_json(folder / "plan.json", arithmetic(recipe, index))
 
 
-def arithmetic(recipe: Recipe, index: Index) -> dict:
+def arithmetic(recipe: Recipe, index: Index) -> dict[str, Any]:
     """The derived numbers of a run."""
     world, k = recipe.launch.workers, recipe.optim.accumulation
     train = index.splits["train"]
@@ -220,11 +207,11 @@ def arithmetic(recipe: Recipe, index: Index) -> dict:
         "steps_per_epoch": steps,
         "epochs": recipe.train.epochs,
         "total_steps": steps * recipe.train.epochs,
-        "order": Plan(index, "train", recipe.seed, 1, recipe.data.batch_size, recipe.data.window).describe(),
+        "order": training_plan(index, "train", recipe.seed, 1, recipe.data.batch_size, recipe.data.window).describe(),
     }
 
 
-def sentence(numbers: dict) -> str:
+def sentence(numbers: dict[str, Any]) -> str:
     """The arithmetic as a person reads it."""
     n = numbers
     return (
@@ -233,6 +220,3 @@ def sentence(numbers: dict) -> str:
         f"at most {n['epochs']} epochs = {n['total_steps']:,} steps"
     )
 
-
-def load_description(folder: Path) -> dict:
-    return json.loads((folder / "data.json").read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, index: Index, runs_dir: Path, name: str | None) -> P
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import open_run
 
-        open_run(folder, recipe)
+        open_run(folder, recipe.dump(), recipe.tracking, session.card(recipe, index))
     return folder
 
 

@@ -20,12 +20,12 @@ run() {
 }
 
 mkdir -p demo
-rm -rf demo/shards demo/predictions.csv # runs and registered models of earlier demos stay
+rm -f demo/predictions.csv # runs and registered models of earlier demos stay
 
 if [ -n "$data" ]; then
-    run mmsa-dist pack mmsa "$data" --out demo/shards
+    run mmsa-dist pack mmsa "$data" --out demo/shards --overwrite
 else
-    run mmsa-dist pack generated --like mosi --out demo/shards
+    run mmsa-dist pack generated --like mosi --out demo/shards --overwrite
 fi
 run mmsa-dist inspect demo/shards
 run mmsa-dist train ufen_mtfn --data demo/shards --runs-dir demo/runs \

@@ -13,6 +13,7 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from tarfile import BLOCKSIZE
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from shards.errors import DataError, TransientError
 from shards.index import Index
+from shards.tar import TENSORS, escape_key
 from shards.trust import Expected
 from shards.utterance import MODALITIES, Utterance
 
@@ -30,6 +32,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f
 _DIMENSIONS = {"text": 2, "audio": 2, "vision": 2, "tokens": 1}
 _MAX_HEADER = 1 << 14  # bytes; four tensors need about 300
 _MAX_JSON = 1 << 24
+_NAME = 100
+"""Bytes of a member's name in its tar header; of a longer one they are its beginning."""
 
 
 class ShardReader:
@@ -149,7 +153,7 @@ class _Shard:
         labels = {task: float(values[row]) for task, values in self._labels.items()}
         tokens = arrays.pop("tokens", None)
         return Utterance(
-            key=self._keys[row].as_py(),
+            key=self._key(row),
             split=self._split,
             modalities=arrays,
             labels={task: label for task, label in labels.items() if not math.isnan(label)},
@@ -160,6 +164,14 @@ class _Shard:
     def _arrays(self, row: int) -> dict[str, NDArray[Any]]:
         """Views of the sample's tensors, by name, checked against the table and the index."""
         offset, size = int(self._offset[row]), int(self._size[row])
+        # labels stand in the table, features in the tar: that they are the same sample's is worth a comparison
+        begin = offset - BLOCKSIZE
+        member, own = (
+            self._data[begin : begin + _NAME].rstrip(b"\0"),
+            (escape_key(self._key(row)) + TENSORS).encode()[:_NAME],
+        )
+        if member != own:
+            raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
         try:
             tensors = _tensors(self._data, offset, size)
         except _BadPayloadError as error:
@@ -178,6 +190,10 @@ class _Shard:
                 raise self._wrong(row, f"{name} is {array.shape[1]} wide", f"the index's {self._width(name)}")
         return arrays
 
+    def _key(self, row: int) -> str:
+        key: str = self._keys[row].as_py()
+        return key
+
     def _width(self, modality: str) -> int:
         known = self._index.modalities.get(modality)
         return known.width if known else 0
@@ -192,7 +208,7 @@ class _Shard:
             key, text = member["key"], member.get("raw_text")
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise self._wrong(row, f"its JSON member does not parse ({error})", "an object with a key") from error
-        if key != self._keys[row].as_py() or not isinstance(text, str | None):
+        if key != self._key(row) or not isinstance(text, str | None):
             raise self._wrong(
                 row, f"its JSON member is of {key!r} with a text {type(text).__name__}", "the same key and a text"
             )
@@ -200,7 +216,7 @@ class _Shard:
 
     def _wrong(self, row: int, found: str, expected: str) -> DataError:
         return DataError(
-            f"{self._path}: sample {self._keys[row].as_py()!r}: {found}, expected {expected}; the shard and its index "
+            f"{self._path}: sample {self._key(row)!r}: {found}, expected {expected}; the shard and its index "
             f"disagree: run mmsa-dist verify {self._index.folder}, then copy the data set again or pack again"
         )
 

@@ -1,7 +1,7 @@
 """One shard being written: a standard WebDataset tar, its Arrow table, and where each payload lies in the tar.
 
-A sample is two members, ``<escaped key>.json`` and ``<escaped key>.safetensors``. Everything that could differ between two
-packings (times, owners, modes) is fixed, so the same samples give the same bytes.
+A sample is two members, ``<escaped key>.json`` and ``<escaped key>.safetensors``. Everything that could differ between
+two packings (times, owners, modes) is fixed, so the same samples give the same bytes.
 """
 
 import hashlib
@@ -81,7 +81,10 @@ class ShardWriter:
         offset, size = self._member(name + TENSORS, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
         row = {
             "key": utterance.key,
-            **{"offset": offset, "size": size, "json_offset": json_offset, "json_size": json_size},
+            "offset": offset,
+            "size": size,
+            "json_offset": json_offset,
+            "json_size": json_size,
             "split": utterance.split,
             **{f"length_{m}": len(tensors[m]) if m in tensors else 0 for m in MODALITIES},
             "n_tokens": 0 if utterance.tokens is None else len(utterance.tokens),

@@ -21,6 +21,9 @@ _UNSETTLED_NS = 100_000_000
 """A file changed so recently may change again without another modification time (the clock of a file system is coarse):
 it is verified but not remembered."""
 
+_verified: set[str] = set()
+"""What this process has verified, should there be no folder to remember it in."""
+
 
 def marker_folder() -> Path:
     """Where verified files are remembered: below ``$MMSA_CACHE``, else the user's cache folder."""
@@ -60,7 +63,7 @@ class Expected:
     def check(self) -> None:
         """Raises DataError unless size and checksum are right; reads the file unless this node has done so before."""
         marker = self._marker(self.check_size())
-        if marker.exists():
+        if marker.name in _verified or marker.exists():
             return
         with _one_at_a_time(marker):
             if marker.exists():
@@ -103,5 +106,6 @@ def _one_at_a_time(marker: Path) -> Iterator[None]:
 
 
 def _remember(marker: Path) -> None:
-    with suppress(OSError):  # a full or read-only disk costs reading the file again, no more
+    _verified.add(marker.name)
+    with suppress(OSError):  # a full or read-only disk costs other processes reading the file again
         marker.touch()

@@ -1,6 +1,7 @@
 """Packs a source into shards: a folder that is there whole or not at all.
 
-Everything is written into a hidden folder beside the target, onto the disk, the index last; then the folder gets its name.
+Everything is written into a hidden folder beside the target, onto the disk, the index last; then the folder gets its
+name.
 """
 
 import errno
@@ -153,8 +154,9 @@ class _Packing:
             largest = max(values.max(), -values.min())
             if largest > np.finfo(self._dtype).max:
                 raise DataError(
-                    f"{self._source.where}: {utterance.split}, id {utterance.key!r}: {modality} has a value of {largest:g}, "
-                    f"more than {self._dtype} holds ({np.finfo(self._dtype).max:g}); pack with --dtype float32"
+                    f"{self._source.where}: {utterance.split}, id {utterance.key!r}: {modality} has a value of "
+                    f"{largest:g}, more than {self._dtype} holds ({np.finfo(self._dtype).max:g}); "
+                    "pack with --dtype float32"
                 )
             stored[modality] = values.astype(self._dtype)
         return replace(utterance, modalities=stored)
@@ -286,9 +288,9 @@ def _explained(error: OSError, out: Path, packing: _Packing) -> Exception:
             free = shutil.disk_usage(out.parent).free
             needed = packing.needed() or packing.bytes
             return TransientError(
-                f"no space left for {out}: about {needed / MEGABYTE:,.1f} MB are needed, {free / MEGABYTE:,.1f} MB are free in "
-                f"{out.parent} ({os.strerror(error.errno)} after {packing.samples:,} samples); what was written is removed again: "
-                "make room or choose another --out"
+                f"no space left for {out}: about {needed / MEGABYTE:,.1f} MB are needed, {free / MEGABYTE:,.1f} MB are "
+                f"free in {out.parent} ({os.strerror(error.errno)} after {packing.samples:,} samples); what was "
+                "written is removed again: make room or choose another --out"
             )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
         return ConfigError(f"--out {out} cannot be written: {error.strerror}; choose another folder")

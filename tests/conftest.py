@@ -4,8 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks import close_pools, run_ranks
+
+settings.register_profile("house", deadline=None)  # a busy machine is not a slow program
+settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

@@ -202,7 +202,7 @@ def join_step(
     number_bits, flag_bits, *feature_bits = rows.split([2, len(flags), *widths.values()], dim=1)
     real, *present = (flag_bits != 0).unbind(1)
     return JointStep(
-        numbers=number_bits.contiguous().view(torch.int64)[:, 0],
+        numbers=number_bits.reshape(-1).view(torch.int64),
         real=real,
         present=dict(zip(tasks, present, strict=True)),
         features={task: f.contiguous().view(torch.float32) for task, f in zip(tasks, feature_bits, strict=True)},

@@ -1,8 +1,8 @@
 """ULGM: unimodal labels from how much nearer a sample's feature lies to the positive than to the negative samples.
 
 Source: W. Yu et al., "Learning Modality-Specific Representations with Self-Supervised Multi-Task Learning for
-Multimodal Sentiment Analysis" (Self-MM), AAAI 2021, section 3.3. For k in m, t, a, v: F_k the newest feature of a sample, C+_k and
-C-_k the mean F_k of the samples whose current label y_k is positive, negative (y_m for the fused feature):
+Multimodal Sentiment Analysis" (Self-MM), AAAI 2021, section 3.3. For k in m, t, a, v: F_k is the newest feature of a
+sample, C+_k and C-_k the mean F_k of the samples whose current label y_k is positive or negative (y_m for F_m):
 
     alpha_k = (|F_k - C-_k| - |F_k - C+_k|) / (|F_k - C+_k| + 1e-8)
     y_new   = 1/2 alpha_s / (alpha_m + 1e-8) y_m + 1/2 (y_m + alpha_s - alpha_m), clamped to the label range
@@ -106,7 +106,7 @@ class ULGM(LabelGenerator):
                 self._counts[k] += members.sum(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``ids`` (N,); for each task ``label`` (N,), ``feature`` (N, d), ``class`` (N,), ``sum`` (2, d), ``count`` (2,).
+        """``ids`` (N,), and per task ``label`` and ``class`` (N,), ``feature`` (N, d), ``sum`` (2, d), ``count`` (2,).
 
         Sums too, not only what they sum: a resumed run goes on to the last bit.
         """
@@ -122,7 +122,7 @@ class ULGM(LabelGenerator):
                 raise ConfigError(
                     f"the checkpoint's label generator has no {name!r}: it is of another system; start anew"
                 )
-            loaded = state[name][rows] if by_sample else state[name]
+            loaded = state[name].cpu()[rows] if by_sample else state[name]
             target = tensor[:-1] if by_sample else tensor
             if loaded.shape != target.shape:
                 raise ConfigError(
@@ -196,8 +196,8 @@ class ULGM(LabelGenerator):
         known = np.isin(self._ids, saved)
         if len(saved) != self._size or not known.all():
             raise ConfigError(
-                f"the checkpoint's label generator knows {len(saved)} train samples and {int(known.sum())} of this data "
-                f"set's {self._size}: it was made on other data; start anew, or give the data of the checkpoint"
+                f"the checkpoint's label generator knows {len(saved)} train samples, {int(known.sum())} of them among "
+                f"this data set's {self._size}: start anew, or give the data that the checkpoint was made on"
             )
         return torch.from_numpy(order[place])
 

@@ -86,7 +86,7 @@ class LastStateLSTM(nn.LSTM):
     """An LSTM that gives the top layer's state at the last real step.
 
     It runs over the padding too, unpacked: later steps cannot change earlier ones, and the unpacked kernel is fused on
-    CPU and GPU alike.
+    CPU and GPU alike. Only bfloat16 on a CPU is packed: the fused kernel exists for it on the newest CPUs only.
     """
 
     def __init__(self, width: int, hidden: int, layers: int = 1, dropout: float = 0.0) -> None:
@@ -94,5 +94,12 @@ class LastStateLSTM(nn.LSTM):
         super().__init__(width, hidden, num_layers=layers, dropout=dropout if layers > 1 else 0.0, batch_first=True)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        """values (B, T, D), lengths (B,) int64 -> (B, H)."""
+        """values (B, T, D), lengths (B,) int64 on the CPU -> (B, H)."""
+        if values.device.type == "cpu" and (values.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+            return self.packed(values, lengths)
         return last_valid(super().forward(values)[0], lengths)
+
+    def packed(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """As `forward`, by packing."""
+        packed = pack_padded_sequence(values, lengths, batch_first=True, enforce_sorted=False)
+        return super().forward(packed)[1][0][-1]

@@ -21,8 +21,10 @@ from mmsa_dist.layers.hub import encoder_config, load_encoder, load_tokenizer
 from shards.batch import Batch
 from shards.utterance import Utterance
 
-TokenIds = Callable[[list[Utterance]], list[np.ndarray | None]]
-"""Utterances -> (T,) int64 token ids of each; None where it has no text."""
+TokenIds = Callable[[list[Utterance]], list[np.ndarray]]
+"""Utterances -> (T,) int64 token ids of each; empty where it has no text."""
+
+NO_TEXT = np.zeros(0, dtype=np.int64)
 
 
 class TextSpec(Protocol):
@@ -42,8 +44,14 @@ class HasText(Protocol):
     has_tokens: bool
 
 
-def text_reader(spec: TextSpec) -> nn.Module:
-    """The module that gives a system its text: it has ``width`` and maps a Batch to (B, T, D).
+class TextReader(nn.Module):
+    """Gives a system its text: a Batch -> (B, T, `width`)."""
+
+    width: int
+
+
+def text_reader(spec: TextSpec) -> TextReader:
+    """The reader that `spec` asks for.
 
     Raises:
         ConfigError: the encoder cannot be loaded; says why.
@@ -53,7 +61,7 @@ def text_reader(spec: TextSpec) -> nn.Module:
     return TextEncoder(spec.text)
 
 
-class TextFeatures(nn.Module):
+class TextFeatures(TextReader):
     """The data set's own text features, as they are."""
 
     def __init__(self, width: int) -> None:
@@ -64,7 +72,7 @@ class TextFeatures(nn.Module):
         return batch.values["text"]
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(TextReader):
     """A Hugging Face encoder: token ids to its last layer's states.
 
     Its pooler, which nothing here reads, is not built. Frozen, it stays in evaluation mode and keeps no graph.
@@ -156,13 +164,13 @@ class StoredIds:
         self.vocabulary = vocabulary
         self.encoder = encoder
 
-    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray | None]:
+    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray]:
         """Raises DataError for an id that the encoder's vocabulary does not have."""
         return [self._ids(utterance) for utterance in utterances]
 
-    def _ids(self, utterance: Utterance) -> np.ndarray | None:
+    def _ids(self, utterance: Utterance) -> np.ndarray:
         if utterance.tokens is None or not len(utterance.tokens):
-            return None
+            return NO_TEXT
         ids = utterance.tokens.astype(np.int64)
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
@@ -189,7 +197,7 @@ class Tokenizer:
         self.core.no_padding()
         self.core.enable_truncation(max_length=max_tokens)
 
-    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray | None]:
+    def __call__(self, utterances: list[Utterance]) -> list[np.ndarray]:
         texts = [utterance.raw_text for utterance in utterances]
         codes = iter(self.core.encode_batch([text for text in texts if text is not None]))
-        return [None if text is None else np.asarray(next(codes).ids, dtype=np.int64) for text in texts]
+        return [NO_TEXT if text is None else np.asarray(next(codes).ids, dtype=np.int64) for text in texts]

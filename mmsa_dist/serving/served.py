@@ -1,12 +1,13 @@
 """A trained system behind MLflow's pyfunc interface.
 
-One row is one utterance: ``raw_text`` (or ``text`` features, or ``tokens``), ``audio`` and ``vision`` as lists of steps,
-each a list of numbers; of these the columns that the model reads (its signature). Null or empty means that the
+One row is one utterance: ``raw_text`` (or ``text`` features, or ``tokens``), ``audio`` and ``vision`` as lists of
+steps, each a list of numbers; of these the columns that the model reads (its signature). Null or empty means that the
 utterance lacks it. The answer has one row an utterance: ``sentiment``, and ``sentiment_text`` … where the system
 predicts unimodal sentiment too.
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,26 @@ from shards.utterance import UNIMODAL_TASK
 BATCH = 32
 """Utterances that go through the system at once."""
 
-# Rows are ragged: type hints, which MLflow would rather have, cannot say so and would forbid dataframe requests.
-warnings.filterwarnings("ignore", message=".*type hint.*", category=UserWarning)
+# Rows are ragged: type hints that MLflow would understand cannot say so, and would forbid dataframe requests.
+warnings.filterwarnings("ignore", message="(?is).*type hint.*", category=UserWarning)
 
 
 def answer_name(task: str) -> str:
     """Column of the answer for a task of the system."""
     names = {"M": "sentiment", **{unimodal: f"sentiment_{modality}" for modality, unimodal in UNIMODAL_TASK.items()}}
     return names.get(task, f"sentiment_{task}")
+
+
+def answers(predictor: Predictor, records: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
+    """One row of answers a record.
+
+    Raises:
+        DataError: a record cannot be read; names its row and column.
+    """
+    utterances = [predictor.utterance(record, f"row {row}") for row, record in enumerate(records)]
+    parts = [pd.DataFrame(predictor.predict(chunk)) for chunk in chunks(utterances, BATCH)]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["M"])
+    return table.rename(columns=answer_name).astype("float64")
 
 
 class ServedSystem(PythonModel):
@@ -39,23 +52,19 @@ class ServedSystem(PythonModel):
         """`context.artifacts["model"]` is the model folder."""
         self.predictor = Predictor.load(Path(context.artifacts["model"]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context, model_input, params=None) -> pd.DataFrame:
         """Answers for a DataFrame, a list of records or one record.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) with our sentence, where an input cannot be read.
         """
         try:
-            records = _records(model_input)
-            utterances = [self.predictor.utterance(record, f"row {row}") for row, record in enumerate(records)]
-            parts = [pd.DataFrame(self.predictor.predict(chunk)) for chunk in chunks(utterances, BATCH)]
+            return answers(self.predictor, _records(model_input))
         except MmsaError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
-        answers = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["M"])
-        return answers.rename(columns=answer_name).astype("float64")
 
 
-def _records(model_input: Any) -> list[dict[str, Any]]:
+def _records(model_input: Any) -> list[dict[Any, Any]]:
     if isinstance(model_input, pd.DataFrame):
         return model_input.to_dict("records")
     return [model_input] if isinstance(model_input, dict) else list(model_input)

@@ -3,18 +3,15 @@
 Shapes: B batch, T time, D width.
 """
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from mmsa_dist.config import Strict, TextConfig
-from mmsa_dist.errors import ConfigError
-from mmsa_dist.suggest import nearest
+from mmsa_dist.registry import Registry
 from shards.batch import Batch
 
 GROUPS = ("text", "audio", "vision", "rest")
@@ -106,9 +103,8 @@ def weighted_mean(values: Tensor, batch: Batch, present: Tensor | None = None) -
     return values.where(weight > 0, 0.0).mul(weight).sum() / batch.norm
 
 
-_REGISTRY: dict[str, type[System]] = {}
+_REGISTRY: Registry[System] = Registry("system", System, "mmsa_dist.systems")  # type: ignore[type-abstract]
 _Class = TypeVar("_Class", bound=type[System])
-ENTRY_POINTS = "mmsa_dist.systems"
 
 
 def system(name: str) -> Callable[[_Class], _Class]:
@@ -116,15 +112,14 @@ def system(name: str) -> Callable[[_Class], _Class]:
 
     A third party publishes one with an entry point in the group ``mmsa_dist.systems``, or names it
     ``package.module:Class`` on the command line; nothing of ours is edited.
+
+    Raises:
+        ConfigError: another class has the name.
     """
 
     def register(cls: _Class) -> _Class:
-        if _REGISTRY.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ConfigError(
-                f"system {name!r} is already registered by {_REGISTRY[name].__module__}; choose another name"
-            )
+        _REGISTRY.register(name)(cls)
         cls.name = name
-        _REGISTRY[name] = cls
         return cls
 
     return register
@@ -132,8 +127,7 @@ def system(name: str) -> Callable[[_Class], _Class]:
 
 def system_names() -> list[str]:
     """Every system that `get_system` finds by a bare name."""
-    _load_ours()
-    return sorted({*_REGISTRY, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return _REGISTRY.names()
 
 
 def get_system(name: str) -> type[System]:
@@ -142,31 +136,4 @@ def get_system(name: str) -> type[System]:
     Raises:
         ConfigError: no such system; names the nearest.
     """
-    _load_ours()
-    if ":" in name:
-        return _imported(name)
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return _checked(point.load(), name)
-    raise ConfigError(f"unknown system {name!r}{nearest(name, system_names())}")
-
-
-def _load_ours() -> None:
-    importlib.import_module("mmsa_dist.systems")
-
-
-def _imported(name: str) -> type[System]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"system {name!r} cannot be imported: {error}; expected package.module:Class") from error
-    return _checked(found, name)
-
-
-def _checked(found: object, name: str) -> type[System]:
-    if not (isinstance(found, type) and issubclass(found, System)):
-        raise ConfigError(f"system {name!r} is {found!r}, expected a subclass of mmsa_dist.systems.System")
-    return found
+    return _REGISTRY.get(name)

@@ -49,7 +49,9 @@ def store_uri(uri: str | None, runs_dir: Path) -> str:
     if scheme == "sqlite":
         path = given.partition(":///")[2]
         if not path or path.startswith(":memory:"):
-            raise ConfigError(f"tracking uri {given!r} names no file, so nothing would be kept; use sqlite:///runs/mlflow.db")
+            raise ConfigError(
+                f"tracking uri {given!r} names no file, so nothing would be kept; use sqlite:///runs/mlflow.db"
+            )
         return f"sqlite:///{Path(path).resolve()}"
     if scheme in ("", "file") or len(scheme) == 1:
         folder = Path(given.removeprefix("file://")).resolve()
@@ -58,7 +60,9 @@ def store_uri(uri: str | None, runs_dir: Path) -> str:
             f"use sqlite:///{folder / 'mlflow.db'} or a server's address (http://…)"
         )
     if scheme not in ("http", "https", "databricks", "databricks-uc", *DATABASES):
-        raise ConfigError(f"tracking uri {shown(given)!r}: unknown scheme {scheme!r}; use sqlite:///…, http://…, https://… or postgresql://…")
+        raise ConfigError(
+            f"tracking uri {shown(given)!r}: unknown scheme {scheme!r}; use sqlite:///…, http://…, https://… or postgresql://…"
+        )
     return given
 
 
@@ -94,7 +98,9 @@ def said(uri: str) -> Iterator[None]:
     except MlflowException as error:
         text = " ".join(str(error.message).split())
         if "<html" in text.lower():
-            raise ConfigError(f"what answers at {shown(uri)} is not an MLflow server; give its address with --tracking-uri") from error
+            raise ConfigError(
+                f"what answers at {shown(uri)} is not an MLflow server; give its address with --tracking-uri"
+            ) from error
         if error.get_http_status_code() in (401, 403):
             raise ConfigError(
                 f"MLflow at {shown(uri)} refuses these credentials ({text[:200]}); "
@@ -168,9 +174,11 @@ def _reach_file(file: Path) -> None:
             file.unlink()
     except OSError as error:
         raise TransientError(
-            f"{file}: MLflow's database cannot be written ({error.strerror}); give another with --tracking-uri sqlite:///FILE, "
-            "or train without it (--tracking.no-enabled)"
+            f"{file}: MLflow's database cannot be written ({error.strerror}); "
+            "give another with --tracking-uri sqlite:///FILE, or train without it (--tracking.no-enabled)"
         ) from error
     head = b"" if created else file.open("rb").read(16)
     if head and not head.startswith(b"SQLite format 3"):
-        raise ConfigError(f"{file}: is not a sqlite database, so MLflow cannot keep runs in it; give another with --tracking-uri")
+        raise ConfigError(
+            f"{file}: is not a sqlite database, so MLflow cannot keep runs in it; give another with --tracking-uri"
+        )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from mmsa_dist import run_folder
 from mmsa_dist.errors import MmsaError
@@ -39,7 +39,9 @@ class Tracker(Protocol):
     def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records numbers at an optimizer step; values that are not numbers are left out. Never raises, never waits."""
 
-    def close(self) -> None:
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None:
         """Sends what is left."""
 
 
@@ -49,7 +51,10 @@ class NullTracker:
     def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
         pass
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         pass
 
 
@@ -61,6 +66,8 @@ class Link:
     run_id: str
     experiment: str
     experiment_id: str
+    model: str | None = None
+    """``models:/NAME/VERSION`` once it is registered."""
 
     def save(self, run_dir: Path) -> None:
         run_folder.write_json(run_dir / LINK, asdict(self))
@@ -81,9 +88,13 @@ def open_tracker(run_dir: Path, rank: int = 0) -> Tracker:
 class MlflowTracker:
     """Sends numbers from a thread, and samples of what the machine does (``system/…``) every ten seconds."""
 
-    def __init__(self, uri: str, run_id: str, spill: Path, sample_every: float | None = None, capacity: int = 1000) -> None:
+    def __init__(
+        self, uri: str, run_id: str, spill: Path, sample_every: float | None = None, capacity: int = 1000
+    ) -> None:
         self.uri, self.run_id, self.spill = uri, run_id, spill
-        interval = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "10") if sample_every is None else sample_every
+        interval = (
+            os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "10") if sample_every is None else sample_every
+        )
         self._interval = float(interval)
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(capacity)
         self._spill_lock = threading.Lock()
@@ -93,11 +104,17 @@ class MlflowTracker:
         self._thread.start()
 
     def epoch(self, metrics: Mapping[str, Any], step: int) -> None:
-        row = {"step": step, "timestamp": int(time.time() * 1000), "metrics": _numbers(metrics)}
+        row = {"step": step, "timestamp": int(time.time() * 1000), "metrics": only_numbers(metrics)}
         try:
             self._queue.put_nowait(row)
         except queue.Full:
             self._keep(row, "its queue is full")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(60.0 if kind is None else 5.0)  # a rank that failed has its error to tell
 
     def close(self, timeout: float = 60.0) -> None:
         """Waits at most `timeout` seconds for the last numbers; what is not sent by then is in the spill."""
@@ -124,7 +141,8 @@ class MlflowTracker:
             except queue.Empty:
                 row, last = None, False
             if last or time.monotonic() >= next_sample:
-                client = self._send(client, sampler.row())
+                if sample := sampler.row():
+                    client = self._send(client, sample)
                 next_sample = time.monotonic() + self._interval
             if row is not None:
                 client = self._send(client, row)
@@ -140,7 +158,7 @@ class MlflowTracker:
             return client
         try:
             client = client or _client(self.uri)
-            _log_rows(client, self.run_id, [row])
+            log_rows(client, self.run_id, [row])
         except Exception as error:
             self._failed = time.monotonic()
             self._keep(row, short(error))
@@ -158,7 +176,9 @@ class MlflowTracker:
                 file.write(json.dumps(row) + "\n")
             self._spilled += 1
         except OSError as error:
-            reason = f"{reason or 'it is down'}, and {self.spill} cannot be written ({error.strerror}): numbers are lost"
+            reason = (
+                f"{reason or 'it is down'}, and {self.spill} cannot be written ({error.strerror}): numbers are lost"
+            )
         if reason:
             self._warn(reason)
 
@@ -172,35 +192,59 @@ class MlflowTracker:
 
 
 class Sampler:
-    """What the machine does, in MLflow's own names for its *System metrics* page."""
+    """What the machine does, in MLflow's own names for its *System metrics* page.
+
+    MLflow's own monitor ends for good at the first failed call, and holds up the end of a run while the server is down;
+    so only its probes are used here, and their numbers go the way of all others.
+    """
 
     def __init__(self) -> None:
         self._monitors: list[Any] | None = None
         self._step = 0
 
-    def row(self) -> dict[str, Any]:
-        """One sample of CPU, memory, disk, network and, where there is one, GPU."""
+    def row(self) -> dict[str, Any] | None:
+        """One sample of CPU, memory, disk, network and, where there is one, GPU; None where it cannot be had."""
         metrics: dict[str, float] = {}
-        for monitor in self._made():
-            monitor.collect_metrics()
-            metrics.update({f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()})
-            monitor.clear_metrics()
+        try:
+            self._monitors = _probes() if self._monitors is None else self._monitors
+            for probe in self._monitors:
+                probe.collect_metrics()
+                metrics.update({f"system/{name}": float(value) for name, value in probe.aggregate_metrics().items()})
+                probe.clear_metrics()
+        except Exception:  # a machine that cannot be looked into is no reason to stop
+            log.debug("no system metrics", exc_info=True)
+            self._monitors = []
         self._step += 1
-        return {"step": self._step - 1, "timestamp": int(time.time() * 1000), "metrics": metrics}
+        return {"step": self._step - 1, "timestamp": int(time.time() * 1000), "metrics": metrics} if metrics else None
 
-    def _made(self) -> list[Any]:
-        if self._monitors is None:
-            from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-            from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-            from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-            from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-            self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-            try:
-                self._monitors.append(GPUMonitor())
-            except Exception:  # no NVIDIA driver or no binding for it: there is nothing to sample
-                log.debug("no GPU metrics", exc_info=True)
-        return self._monitors
+def _probes() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    probes: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        probes.append(GPUMonitor())
+    except Exception:  # no NVIDIA driver or no binding for it
+        log.debug("no GPU metrics", exc_info=True)
+    return probes
+
+
+PREFIXES = {"valid": "valid_", "parts": "loss_", "lr": "lr_"}
+"""Groups of an epoch's numbers -> what their names begin with in MLflow."""
+
+
+def epoch_numbers(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch's numbers under plain names: train_loss, loss_T, valid_mae, lr_text, …"""
+    numbers: dict[str, Any] = {}
+    for name, value in event.items():
+        if name in PREFIXES:
+            numbers.update({PREFIXES[name] + key: number for key, number in value.items()})
+        elif name not in ("event", "step", "time"):
+            numbers[name] = value
+    return numbers
 
 
 def replay(client: "MlflowClient", run_id: str, spill: Path) -> int:
@@ -213,7 +257,7 @@ def replay(client: "MlflowClient", run_id: str, spill: Path) -> int:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # the line that a kill cut short
-    _log_rows(client, run_id, rows)
+    log_rows(client, run_id, rows)
     spill.unlink()
     return len(rows)
 
@@ -225,18 +269,26 @@ def _client(uri: str) -> "MlflowClient":
     return store.connect(uri)
 
 
-def _log_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, Any]]) -> None:
+def log_rows(client: "MlflowClient", run_id: str, rows: list[dict[str, Any]]) -> None:
+    """Sends rows ``{"step", "timestamp" in ms, "metrics"}`` in as few calls as MLflow allows."""
     from mlflow.entities import Metric
 
     metrics = [
-        Metric(name, float(value), row["timestamp"], row["step"]) for row in rows for name, value in row["metrics"].items()
+        Metric(name, float(value), row["timestamp"], row["step"])
+        for row in rows
+        for name, value in row["metrics"].items()
     ]
     for begin in range(0, len(metrics), METRICS_PER_CALL):
         client.log_batch(run_id, metrics=metrics[begin : begin + METRICS_PER_CALL])
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+def only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Without what is undefined (None) or no number."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def short(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Readers of published formats: each turns its format into utterances; `shards.write` packs any of them.
 
-Samples are read one at a time and by number, so that packing in shuffled order needs no more memory than the source does.
+Samples are read one at a time and by number, so that packing in shuffled order needs no more memory than the source
+does.
 """
 
 from collections.abc import Iterable

@@ -61,8 +61,8 @@ class Cleaner:
         for name in self._source.widths:
             if not self.present[name]:
                 raise DataError(
-                    f"{self._source.where}: {name} has not one finite value in the {self.absent[name]:,} train samples; "
-                    f"there is nothing to learn from: leave {name} out (see --help) or extract it again"
+                    f"{self._source.where}: {name} has not one finite value in {self.absent[name]:,} train samples, so "
+                    f"there is nothing to learn from; leave {name} out (see --help) or extract it again"
                 )
 
     def notes(self) -> list[str]:
@@ -75,12 +75,10 @@ class Cleaner:
         return f"{self._source.where}: {utterance.split}, id {utterance.key!r}"
 
     def _values(self, name: str, array: np.ndarray | None, width: int, utterance: Utterance) -> np.ndarray | None:
-        if array is None:
+        if array is None or not array.size:
             return None
         if array.ndim != 2 or array.shape[1] != width:
             raise DataError(f"{self._at(utterance)}: {name} has shape {array.shape}, expected (steps, {width})")
-        if not array.size:
-            return None
         finite = np.isfinite(array)
         if finite.all():
             return array

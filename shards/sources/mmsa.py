@@ -1,12 +1,13 @@
 """The feature pickle of the MMSA toolkit: ``{"train" | "valid" | "test": {"id", "text", "audio", "vision", …}}``.
 
-Both of its kinds: *aligned* (all modalities have one step a word piece; no lengths on disk) and *unaligned* (own steps and
-``audio_lengths``, ``vision_lengths``). Arrays are padded with zeros at the end; the padding is left out.
+Both of its kinds: *aligned* (all modalities have one step a word piece; no lengths on disk) and *unaligned* (own steps
+and ``audio_lengths``, ``vision_lengths``). Arrays are padded with zeros at the end; the padding is left out.
 
 Shapes: N samples, T padded steps, D width.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class MmsaSource:
         path: the pickle.
         label_range: None takes -1..1 where the file has unimodal labels (SIMS), else -3..3 (MOSI, MOSEI).
         modalities: those to read; one that the file lacks altogether is absent.
-        strict: a training set: all three splits, each with labels. Otherwise any split will do and labels may be missing.
+        strict: a training set: all three splits, each with labels. Otherwise any split will do, labels or not.
 
     Raises:
         DataError: not such a pickle; names file, split and key.
@@ -121,7 +122,7 @@ class MmsaSource:
         """(T,) int32 ids up to the last step that the mask keeps."""
         assert part.tokens is not None
         ids, mask = part.tokens[number, 0], part.tokens[number, 1]
-        kept = ids[: _last(mask != 0)]
+        kept = ids[: _last(mask)]
         tokens = kept.astype(np.int32)
         if not np.array_equal(tokens, kept) or (tokens < 0).any():
             raise DataError(
@@ -136,10 +137,11 @@ class MmsaSource:
             self._cut[name] += told > len(array)
             return min(told, len(array))
         if name == "text" and part.tokens is not None and part.tokens.shape[-1] == len(array):
-            return _last(part.tokens[number, 1] != 0)
+            mask: np.ndarray = part.tokens[number, 1]
+            return _last(mask)
         if isinstance(part.features[name], list):
             return len(array)  # ragged on disk: there is no padding to strip
-        return _last(array.any(axis=1))
+        return _last(np.asarray(array.any(axis=1)))
 
     # --- the file
 
@@ -227,7 +229,7 @@ class MmsaSource:
 
 
 def _last(kept: np.ndarray) -> int:
-    """1 + the last position where `kept` (T,) is True; 0 where there is none."""
+    """1 + the last position where `kept` (T,) is not zero; 0 where there is none."""
     where = np.flatnonzero(kept)
     return int(where[-1]) + 1 if len(where) else 0
 
@@ -249,10 +251,8 @@ def _numbers(at: str, value: Any) -> np.ndarray:
     """(N,) numbers from a list or an array, whatever its unit dimensions."""
     array = np.asarray(value)
     if array.dtype == object:
-        try:
+        with suppress(TypeError, ValueError):
             array = array.astype(np.float64)
-        except (TypeError, ValueError):
-            pass
     if array.dtype.kind not in "iufb" or array.size != len(value):
         raise DataError(f"{at} is {pickles.describe(array)}, expected one number a sample")
     return array.reshape(-1)

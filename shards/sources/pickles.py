@@ -1,8 +1,8 @@
 """Pickles that hold nothing but arrays and builtin containers; everything else is refused, unrun.
 
-A pickle is a program: unpickling calls whatever it names. Here it meets replacements of the few callables that rebuild a
-numpy array, and nothing else. They are replacements, because numpy's own can be fed a state (flags of a dtype, raw bytes
-as object pointers) that corrupts memory.
+A pickle is a program: unpickling calls whatever it names. Here it meets replacements of the few callables that rebuild
+a numpy array, and nothing else. They are replacements, because numpy's own can be fed a state (flags of a dtype, raw
+bytes as object pointers) that corrupts memory.
 """
 
 import pickle
@@ -40,7 +40,7 @@ class _Array(np.ndarray):
         wanted = list if dtype.real.hasobject else (bytes, bytearray)
         if not isinstance(dtype, _DType) or not isinstance(data, wanted):
             raise pickle.UnpicklingError("the state of an array is malformed")
-        super().__setstate__((1, shape, dtype.real, bool(fortran), data))  # type: ignore[no-untyped-call]
+        super().__setstate__((1, shape, dtype.real, bool(fortran), data))  # type: ignore[arg-type]
 
 
 def _reconstruct(_kind: object, _shape: object, _code: object) -> _Array:

@@ -1,0 +1,165 @@
+"""Self-MM (Yu et al., AAAI 2021): one fused and three unimodal regressors, the unimodal labels made while training.
+
+Shapes: B batch, T time, D width of a modality.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmsa_dist.config import Strict
+from mmsa_dist.layers.pooling import masked_mean, zero_absent
+from mmsa_dist.layers.recurrent import LastStateLSTM
+from mmsa_dist.layers.text import text_reader
+from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system, weighted_mean
+from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, target_of, where_labelled
+from shards.batch import Batch
+from shards.utterance import UNIMODAL_TASK
+
+
+class SelfMMConfig(Strict):
+    """Defaults: MMSA's tuned values for MOSI."""
+
+    text_pooling: Literal["cls", "mean"] = "cls"
+    """A sentence's vector: its first state, or the mean of all."""
+    audio_hidden: int = Field(default=16, ge=1)
+    """Hidden units of the audio LSTM."""
+    vision_hidden: int = Field(default=32, ge=1)
+    """Hidden units of the vision LSTM."""
+    audio_layers: int = Field(default=1, ge=1)
+    """Layers of the audio LSTM."""
+    vision_layers: int = Field(default=1, ge=1)
+    """Layers of the vision LSTM."""
+    audio_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the audio LSTM's state, and between its layers."""
+    vision_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the vision LSTM's state, and between its layers."""
+    audio_out: int = Field(default=16, ge=1)
+    """Width of an utterance's audio vector."""
+    vision_out: int = Field(default=32, ge=1)
+    """Width of an utterance's vision vector."""
+    post_fusion_dim: int = Field(default=128, ge=1)
+    """Width of the fused feature F*_M."""
+    post_text_dim: int = Field(default=32, ge=1)
+    """Width of the text feature F*_T."""
+    post_audio_dim: int = Field(default=16, ge=1)
+    """Width of the audio feature F*_A."""
+    post_vision_dim: int = Field(default=32, ge=1)
+    """Width of the vision feature F*_V."""
+    post_fusion_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the fused head."""
+    post_text_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout before the text head."""
+    post_audio_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Dropout before the audio head."""
+    post_vision_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the vision head."""
+    subtasks: tuple[Modality, ...] | None = None
+    """Modalities with a task of their own. Unset: all in use."""
+
+
+class SequenceVector(nn.Module):
+    """A sequence's vector: the LSTM's state at the last real step -> dropout -> linear."""
+
+    def __init__(self, width: int, hidden: int, layers: int, dropout: float, out: int) -> None:
+        super().__init__()
+        self.lstm = LastStateLSTM(width, hidden, layers, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden, out)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """values (B, T, D), lengths (B,) -> (B, out)."""
+        state = self.lstm(values.to(self.linear.weight.dtype), lengths)
+        return self.linear(self.dropout(state))
+
+
+class Head(nn.Module):
+    """A task's regressor: dropout -> linear -> ReLU = F* -> linear -> ReLU -> linear."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.first = nn.Linear(width, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.third = nn.Linear(hidden, 1)
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """vector (B, width) -> prediction (B,) float32, F* (B, hidden)."""
+        feature = self.first(self.dropout(vector.to(self.first.weight.dtype))).relu()
+        return self.third(self.second(feature).relu()).squeeze(-1).float(), feature
+
+
+@system("self_mm")
+class SelfMM(System):
+    """Self-MM.
+
+    - Text: the encoder's states, pooled. Audio, vision: LSTM, state at the last *valid* step -> dropout -> linear.
+    - Fusion: concatenation -> head M. Each modality's own vector -> its head T, A or V. A head's first layer gives F*,
+      which the label generator reads.
+    - Loss: mean |ŷ_m - y_m| + Σ_s mean( tanh|y_s - y_m| · |ŷ_s - y_s| ). The labels y_s are generated (ULGM) and start
+      as y_m, so in the first epoch the subtasks' terms are exactly zero.
+
+    A sample that lacks a modality brings zeros for its vector into the fusion and has no part in that modality's term.
+
+    Unlike the public code: the text encoder has no pooler (its output is not read); lengths are those of the features,
+    not a count of non-zero frames.
+    """
+
+    paper = "Yu et al., Learning Modality-Specific Representations with Self-Supervised Multi-Task Learning, AAAI 2021"
+    Config = SelfMMConfig
+    labels = "ulgm"
+
+    def __init__(self, config: SelfMMConfig, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        widths: dict[str, int] = {}
+        if "text" in spec.widths:
+            self.text = text_reader(spec)
+            widths["text"] = self.text.width
+        for name in ("audio", "vision"):
+            if name in spec.widths:
+                widths[name] = getattr(config, f"{name}_out")
+                hidden, layers = getattr(config, f"{name}_hidden"), getattr(config, f"{name}_layers")
+                dropout = getattr(config, f"{name}_dropout")
+                self.add_module(name, SequenceVector(spec.widths[name], hidden, layers, dropout, widths[name]))
+        self.pooling = config.text_pooling
+        self.subtasks = chosen_subtasks(config.subtasks, spec)
+        heads = {"M": Head(sum(widths.values()), config.post_fusion_dim, config.post_fusion_dropout)}
+        for name in self.subtasks:
+            hidden, dropout = getattr(config, f"post_{name}_dim"), getattr(config, f"post_{name}_dropout")
+            heads[UNIMODAL_TASK[name]] = Head(widths[name], hidden, dropout)
+        self.heads = nn.ModuleDict(heads)
+        self._feature_widths = {task: head.first.out_features for task, head in heads.items()}
+
+    def forward(self, batch: Batch) -> Prediction:
+        vectors = {name: zero_absent(self._vector(name, batch), batch.present[name]) for name in self.spec.widths}
+        out = {"M": self.heads["M"](torch.cat(list(vectors.values()), dim=-1))}
+        for name in self.subtasks:
+            out[UNIMODAL_TASK[name]] = self.heads[UNIMODAL_TASK[name]](vectors[name])
+        return Prediction(
+            tasks={task: answer for task, (answer, _) in out.items()},
+            features={task: feature for task, (_, feature) in out.items()},
+        )
+
+    def _vector(self, name: str, batch: Batch) -> Tensor:
+        """(B, D) of one modality."""
+        if name != "text":
+            return self.get_submodule(name)(batch.values[name], batch.lengths[name])
+        states = self.text(batch)
+        return states[:, 0] if self.pooling == "cls" else masked_mean(states, batch.mask("text"))
+
+    def loss(self, prediction: Prediction, batch: Batch, targets: dict[str, Tensor]) -> Losses:
+        truth = targets["M"]
+        parts = {"M": weighted_mean((prediction.tasks["M"] - truth).abs(), batch)}
+        for name in self.subtasks:
+            task = UNIMODAL_TASK[name]
+            answer = prediction.tasks[task]
+            label, takes_part = where_labelled(target_of(name, targets), answer, batch.present[name])
+            weight = (label - truth).abs().tanh()
+            parts[task] = weighted_mean(weight * (answer - label).abs(), batch, takes_part)
+        total = torch.stack(list(parts.values())).sum()
+        return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def feature_widths(self) -> dict[str, int]:
+        return dict(self._feature_widths)

@@ -1,0 +1,55 @@
+"""Unimodal tasks beside the multimodal one: which there are, and how a missing label is kept out of a loss."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.systems.base import DataSpec
+from shards.utterance import UNIMODAL_TASK
+
+Modality = Literal["text", "audio", "vision"]
+
+
+def chosen_subtasks(chosen: Sequence[Modality] | None, spec: DataSpec) -> tuple[str, ...]:
+    """Modalities that have a task of their own, in the order t, a, v; all that the data has where `chosen` is None.
+
+    Raises:
+        ConfigError: one that the data does not have, or one named twice.
+    """
+    if chosen is None:
+        return tuple(spec.widths)
+    for name in chosen:
+        if name not in spec.widths:
+            raise ConfigError(
+                f"model.subtasks: {name!r} is not a modality in use ({', '.join(spec.widths)}); remove it or use {name}"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"model.subtasks: {', '.join(chosen)} names a modality twice; name each once")
+    return tuple(name for name in spec.widths if name in chosen)
+
+
+def target_of(modality: str, targets: dict[str, Tensor]) -> Tensor:
+    """(B,) labels of the modality's task. Raises ConfigError where neither data nor label generator gives them."""
+    task = UNIMODAL_TASK[modality]
+    if task not in targets:
+        raise ConfigError(
+            f"labels.generator: it gives no labels for task {task}, and the data has none; choose a label generator "
+            f"(ulgm), or leave {modality} out of model.subtasks"
+        )
+    return targets[task]
+
+
+def where_labelled(target: Tensor, prediction: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves out samples without the modality or without its label (NaN).
+
+    Args:
+        target, prediction: (B,). present: (B,) bool.
+
+    Returns:
+        target (B,) without NaN (a NaN would reach the gradient through any mask), and who takes part (B,) bool.
+    """
+    labelled = present & target.isfinite()
+    return torch.where(labelled, target, prediction.detach()), labelled

@@ -1,0 +1,115 @@
+"""The npz of a table: arrays of features, found by id.
+
+An array is one of
+
+* (N, D): one vector an utterance, stored as one step;
+* (N, T, D): sequences padded with zeros at the end, or as long as a lengths array (N,) says;
+* (S, D) with a lengths array (N,) that sums to S: all sequences one after another.
+
+Shapes: N rows of the npz, T steps, D width, S steps of all utterances together.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import DataError
+from shards.sources.columns import Columns
+from shards.suggest import nearest
+from shards.utterance import MODALITIES
+
+
+class Arrays:
+    """The npz: named arrays, found by id."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self._path = path
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ValueError("a single array")
+                self._names = list(archive.files)
+                self._rows = {
+                    str(value): row for row, value in enumerate(self._array(archive, columns.id_array, "--id-array"))
+                }
+                count = len(archive[columns.id_array])
+                if len(self._rows) != count:
+                    raise DataError(f"{path}: {columns.id_array} names {count - len(self._rows)} ids more than once")
+                wanted = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
+                self._sequences = {m: self._sequence(archive, m, wanted[m], count) for m in MODALITIES if wanted[m]}
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file; expected an .npz of features") from error
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: cannot be read as an .npz without pickled objects: {error}") from error
+        self.widths = {m: int(values.shape[-1]) for m, (values, _, _) in self._sequences.items()}
+
+    def check_all_there(self, ids: list[str], table: Path) -> None:
+        missing = [key for key in ids if key not in self._rows]
+        if missing:
+            raise DataError(
+                f"{self._path}: has no row for id {missing[0]!r} of {table} ({len(missing)} of {len(ids)} ids are "
+                f"missing, its own look like {next(iter(self._rows), '')!r}); see --id, or add rows of NaN, which are "
+                "taken as absent"
+            )
+
+    def read(self, key: str) -> dict[str, np.ndarray]:
+        """modality -> (T, D) float32 of the utterance, without padding."""
+        row = self._rows[key]
+        found = {}
+        for name, (values, starts, lengths) in self._sequences.items():
+            if starts is not None and lengths is not None:
+                array = values[starts[row] : starts[row] + lengths[row]]
+            else:
+                array = values[row] if lengths is None else values[row, : lengths[row]]
+                if lengths is None and len(array) > 1:
+                    steps = np.flatnonzero(array.any(axis=1))
+                    array = array[: steps[-1] + 1 if len(steps) else 0]
+            with np.errstate(over="ignore"):
+                found[name] = np.asarray(array, dtype=np.float32)
+        return found
+
+    def unused(self, rows: int) -> list[str]:
+        left = len(self._rows) - rows
+        return (
+            [f"{left:,} of the {len(self._rows):,} ids of {self._path.name} are not in the table; left out"]
+            if left
+            else []
+        )
+
+    def _array(self, archive: Mapping[str, np.ndarray], name: str, option: str) -> np.ndarray:
+        if name not in self._names:
+            raise DataError(f"{self._path}: there is no array {name!r} ({option}){nearest(name, self._names)}")
+        return archive[name]
+
+    def _sequence(
+        self, archive: Mapping[str, np.ndarray], modality: str, spec: str | None, count: int
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(values, starts, lengths): (N, T, D) with starts None, or (S, D) with both; lengths None strips zeros."""
+        name, _, lengths_name = (spec or "").partition(":")
+        option = "--text-features" if modality == "text" else f"--{modality}"
+        values = self._array(archive, name, option)
+        lengths = self._array(archive, lengths_name, option).astype(np.int64) if lengths_name else None
+        if values.dtype.kind not in "iuf" or values.ndim not in (2, 3):
+            raise DataError(
+                f"{self._path}: {name} is {values.dtype} {values.shape}, expected numbers (N, D) or (N, T, D)"
+            )
+        if lengths is not None and (lengths.shape != (count,) or (lengths < 0).any()):
+            raise DataError(
+                f"{self._path}: {lengths_name} has shape {lengths.shape}, expected ({count},) lengths, one an id"
+            )
+        if values.ndim == 2 and lengths is not None:
+            if lengths.sum() != len(values):
+                raise DataError(
+                    f"{self._path}: {lengths_name} sums to {lengths.sum():,}, but {name} has {len(values):,} steps"
+                )
+            return values, np.cumsum(lengths) - lengths, lengths
+        if len(values) != count:
+            hint = f"; if these are steps of all utterances, say {name}:LENGTHS" if values.ndim == 2 else ""
+            raise DataError(f"{self._path}: {name} has {len(values):,} rows, expected {count:,}, one an id{hint}")
+        if lengths is not None and lengths.max(initial=0) > values.shape[1]:
+            raise DataError(
+                f"{self._path}: {lengths_name} goes up to {lengths.max()}, but {name} has {values.shape[1]} steps"
+            )
+        return (values[:, None] if values.ndim == 2 else values), None, lengths

@@ -1,0 +1,70 @@
+"""Which column of a csv and which array of an npz is what."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shards.errors import ConfigError
+from shards.suggest import nearest
+
+_Column = Annotated[str | None, tyro.conf.arg(metavar="COLUMN")]
+_Array = Annotated[str | None, tyro.conf.arg(metavar="ARRAY")]
+
+
+class Columns(BaseModel):
+    """Which column of the csv, and which array of the npz, is what. Unset ones take the usual names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    id: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN...")] = ()
+    """Columns that make the id, joined with "_"; or a pattern like {video_id}[{clip_id}]. Default: video_id clip_id."""
+    split: _Column = None
+    """Column that holds train, valid (val, dev) or test. Default: split, or mode."""
+    label: str = "label"
+    """Column of the multimodal label."""
+    label_text: _Column = None
+    """Column of the label of the text alone. Default: label_T where there is one."""
+    label_audio: _Column = None
+    """Column of the label of the audio alone. Default: label_A where there is one."""
+    label_vision: _Column = None
+    """Column of the label of the vision alone. Default: label_V where there is one."""
+    text: _Column = None
+    """Column of the transcript. Default: text where there is one; none leaves it out."""
+    video: _Column = None
+    """Column of the video, for --hold-out-valid. Default: the first id column."""
+    text_features: _Array = None
+    """Array of text features, NAME or NAME:LENGTHS (see above). Default: none."""
+    audio: _Array = None
+    """Array of audio features, NAME or NAME:LENGTHS. Default: none."""
+    vision: _Array = None
+    """Array of vision features, NAME or NAME:LENGTHS. Default: none."""
+    id_array: str = "id"
+    """Array that holds the ids."""
+
+    @classmethod
+    def from_yaml(cls, path: Path, overrides: Mapping[str, Any]) -> "Columns":
+        """Reads the YAML file; `overrides` win.
+
+        Raises:
+            ConfigError: no such file, not YAML, or an unknown key (names the nearest).
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--columns {path}: cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"--columns {path}: holds {type(content).__name__}, expected `name: column` lines")
+        for key in content:
+            if key not in cls.model_fields:
+                raise ConfigError(f"--columns {path}: unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+        if isinstance(content.get("id"), str):
+            content["id"] = (content["id"],)
+        try:
+            return cls(**{**content, **overrides})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"--columns {path}: {first['loc'][0]}: {first['msg']}") from error

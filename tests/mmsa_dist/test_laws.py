@@ -1,0 +1,205 @@
+"""Laws 1, 3 and 6 for whole systems: data, plan, label generator, engine, evaluation and checkpoints together."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+
+from mmsa_dist import run_folder
+from mmsa_dist.recipe import Recipe, from_dict
+from shards.index import Index
+from tests.data import packed
+
+SYSTEMS = ("ufen_mtfn", "self_mm")
+STAGES = (0, 1, 2, 3)
+
+
+def no_dropout(system: str) -> dict[str, Any]:
+    """The system's configuration, narrow and without dropout: losses must not depend on the number of ranks."""
+    from mmsa_dist.systems import get_system
+
+    fields = get_system(system).Config.model_fields
+    return {name: 0.0 for name in fields if "dropout" in name}
+
+
+def recipe_for(system: str, data: Path, **changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "system": system,
+        "seed": 3,
+        "data": {"path": str(data), "batch_size": 12, "eval_batch_size": 16, "readers": 1},
+        "optim": {"lr": {"text": 1e-3, "audio": 1e-3, "vision": 1e-3, "rest": 1e-3}},
+        "train": {"epochs": 2},
+        "tracking": {"enabled": False},
+        "model": no_dropout(system),
+    }
+    for key, value in changes.items():
+        values.setdefault(key, {}).update(value)
+    return from_dict(values)
+
+
+class Recorder(run_folder.Events):
+    """Events that keep every step's loss, and stop the run dead where told to."""
+
+    def __init__(self, folder: Path, rank: int, stop_after: int | None = None) -> None:
+        super().__init__(folder, rank)
+        self.losses: list[float] = []
+        self.stop_after = stop_after
+
+    def step(self, epoch: int, step: int, of: int, loss: float) -> None:
+        self.losses.append(loss)
+        if self.stop_after is not None and len(self.losses) > self.stop_after:
+            raise Stopped
+
+
+class Stopped(Exception):
+    """Where a test interrupts a run: the step was taken, nothing after it was saved."""
+
+
+def train(folder: Path, recipe: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
+    """One rank of a run in `folder`: losses of its steps, epochs' results, and what it ended with."""
+    from mmsa_dist.loop import fit
+    from mmsa_dist.session import open_session
+    from mmsa_dist.tracking import NullTracker
+
+    rank = dist.get_rank()
+    for part in ("events", "checkpoints", "predictions"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    session = open_session(from_dict(recipe), folder, rank, dist.get_world_size())
+    events = Recorder(folder, rank, stop_after)
+    epochs: list[dict[str, Any]] = []
+    result: dict[str, Any] | None = None
+    try:
+        result = fit(session, events, NullTracker(), epochs.append)
+    except Stopped:
+        pass
+    finally:
+        events.close()
+        session.close()
+    generated = {name: tensor.clone() for name, tensor in session.generator.state_dict().items()}
+    return {"losses": events.losses, "epochs": epochs, "result": result, "labels": generated}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 + 22 + 22 short utterances in several shards; 64 does not divide by 12, so the last step has filler."""
+    return packed(tmp_path_factory.mktemp("laws"), samples=108)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_two_ranks_equal_one(ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str) -> None:
+    """Law 1: at every ZeRO stage the same losses over the first 8 steps and the same validation metrics."""
+    recipe = recipe_for(system, data)
+    one = ranks(train, 1, tmp_path / "one", recipe.dump())[0]
+    assert len(one["losses"]) >= 8
+    for stage in STAGES:
+        staged = recipe_for(system, data, engine={"zero": stage})
+        for of_rank in ranks(train, 2, tmp_path / f"two-{stage}", staged.dump()):
+            assert of_rank["losses"][:8] == pytest.approx(one["losses"][:8], abs=1e-5), stage
+            for name, value in one["labels"].items():
+                assert torch.allclose(of_rank["labels"][name].float(), value.float(), atol=1e-3), (stage, name)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_four_ranks_and_accumulation_equal_one(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str
+) -> None:
+    one = ranks(train, 1, tmp_path / "one", recipe_for(system, data).dump())[0]
+    four = ranks(train, 4, tmp_path / "four", recipe_for(system, data, engine={"zero": 1}).dump())[0]
+    twice = recipe_for(system, data, optim={"accumulation": 2})
+    accumulated = ranks(train, 2, tmp_path / "accumulated", twice.dump())[0]
+    assert four["losses"][:8] == pytest.approx(one["losses"][:8], abs=1e-5)
+    assert accumulated["losses"][:8] == pytest.approx(one["losses"][:8], abs=1e-5)
+
+
+def evaluated(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    from mmsa_dist.evaluation import evaluate
+    from mmsa_dist.session import open_session
+
+    session = open_session(from_dict(recipe), folder, dist.get_rank(), dist.get_world_size())
+    found = {split: evaluate(session, split) for split in ("train", "valid", "test")}
+    session.close()
+    return {split: (e.numbers, e.truth, e.predicted, e.metrics) for split, e in found.items()}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_evaluation_does_not_depend_on_ranks(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str
+) -> None:
+    """Each sample once, predictions and metrics equal to the bit, at 1, 2 and 4 ranks and stages 1 and 3."""
+    index = Index.load(data)
+    expected = ranks(evaluated, 1, tmp_path, recipe_for(system, data).dump())[0]
+    for world, stage in ((2, 1), (2, 3), (4, 1)):
+        for found in ranks(evaluated, world, tmp_path, recipe_for(system, data, engine={"zero": stage}).dump()):
+            for split, (numbers, truth, predicted, metrics) in found.items():
+                assert numbers.tolist() == list(index.numbers(split))
+                assert np.array_equal(truth, expected[split][1])
+                assert np.array_equal(predicted, expected[split][2]), (world, stage, split)
+                assert metrics == expected[split][3]
+
+
+@pytest.mark.parametrize(("system", "stage"), [("ufen_mtfn", 1), ("ufen_mtfn", 3), ("self_mm", 0), ("self_mm", 2)])
+def test_a_restart_is_invisible(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str, stage: int
+) -> None:
+    """Law 3: stopped in epoch 2 after a checkpoint in mid-epoch; bitwise at the same world size, 1e-5 at another.
+
+    Dropout is on where the system has it: its randomness is a function of the step.
+    """
+    changes: dict[str, Any] = {"engine": {"zero": stage}, "checkpoint": {"every_steps": 4}, "train": {"epochs": 3}}
+    recipe = recipe_for(system, data, **changes).dump()
+    whole = ranks(train, 2, tmp_path / "whole", recipe)[0]
+    ranks(train, 2, tmp_path / "cut", recipe, 10)
+    again = ranks(train, 2, tmp_path / "cut", recipe)[0]
+    assert again["losses"] == whole["losses"][-len(again["losses"]) :]
+    assert len(again["losses"]) < len(whole["losses"]) - 4, "it must have gone on from a checkpoint, not from the start"
+    assert again["result"] == whole["result"]
+    for name, value in whole["labels"].items():
+        assert torch.equal(again["labels"][name], value), name
+
+    ranks(train, 2, tmp_path / "moved", recipe, 10)
+    moved = ranks(train, 1, tmp_path / "moved", recipe_for(system, data, **{**changes, "engine": {"zero": 1}}).dump())[0]
+    n = min(8, len(moved["losses"]))
+    assert moved["losses"][:n] == pytest.approx(again["losses"][:n], abs=1e-5)
+
+
+def test_the_test_split_is_sacred(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    """Law 6: with its shards gone, everything works but the very last read, and not even that where it is not asked."""
+    import shutil
+
+    copy = tmp_path / "no-test"
+    shutil.copytree(data, copy)
+    for file in copy.glob("test-*"):
+        file.unlink()
+    recipe = recipe_for("ufen_mtfn", copy, train={"test": False})
+    result = ranks(train, 2, tmp_path / "run", recipe.dump())[0]["result"]
+    assert "test" not in result and result["valid"]["mae"] is not None
+    kept = ranks(train, 2, tmp_path / "with", recipe_for("ufen_mtfn", data).dump())[0]["result"]
+    assert kept["valid"] == result["valid"] and kept["best_epoch"] == result["best_epoch"]
+
+
+def test_early_stopping_keeps_the_best(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    """Learning rates far too high: validation gets worse, the run stops, and the best epoch's weights are reported."""
+    high = {"lr": {"text": 0.3, "audio": 0.3, "vision": 0.3, "rest": 0.3}}
+    recipe = recipe_for("self_mm", data, optim=high, train={"epochs": 12, "patience": 2})
+    run = ranks(train, 1, tmp_path / "run", recipe.dump())[0]
+    values = [epoch["valid_mae"] for epoch in run["epochs"]]
+    best = int(np.argmin(values))
+    assert len(values) == best + 3 < 12
+    assert run["result"]["best_epoch"] == best + 1
+    assert run["result"]["valid"]["mae"] == pytest.approx(values[best], abs=1e-6)
+    steps = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(steps) == 2, "the best and the newest are kept"
+
+
+def test_recipe_of_a_run_reads_back(data: Path, tmp_path: Path) -> None:
+    from mmsa_dist.recipe import read_recipe
+
+    recipe = recipe_for("self_mm", data)
+    folder = run_folder.create(tmp_path, "x", recipe.dump())
+    assert read_recipe(folder / "recipe.yaml") == recipe
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["system"] == "self_mm"

@@ -1,0 +1,371 @@
+"""A run in MLflow, against real stores: sqlite files and a server process."""
+
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.recipe import Recipe, from_dict
+from mmsa_dist.run_folder import read_events
+from mmsa_dist.tracking import NullTracker, end_run, finish_run, open_run, open_tracker, store
+from mmsa_dist.tracking.tracker import LINK, SPILL, Link, MlflowTracker, replay
+from shards.index import Index
+from tests.mmsa_dist.conftest import Tracked, free_port, tracking_server
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path, empty_database: Path) -> Path:
+    """A folder of runs with an empty database in it."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def described(runs_dir: Path, trained: tuple[Path, Recipe], **tracking: object) -> tuple[Path, Recipe]:
+    """A run folder as the driver prepares it, before anything starts."""
+    source, recipe = trained
+    folder = runs_dir / "run"
+    folder.mkdir()
+    for name in ("recipe.yaml", "data.json", "environment.json", "plan.json"):
+        shutil.copyfile(source / name, folder / name)
+    return folder, from_dict({**recipe.dump(), "tracking": tracking})
+
+
+def client_of(runs_dir: Path) -> MlflowClient:
+    uri = f"sqlite:///{runs_dir / 'mlflow.db'}"
+    return MlflowClient(uri, uri)
+
+
+# --- which store
+
+
+def test_store_is_the_flag_then_the_environment_then_a_file_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.store_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert store.store_uri(None, tmp_path) == "http://server:5000"
+    assert store.store_uri("https://other", tmp_path) == "https://other"
+
+
+def test_relative_sqlite_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store.store_uri("sqlite:///here/mlflow.db", tmp_path) == f"sqlite:///{tmp_path}/here/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("./mlruns", "plain folder"),
+        ("file:///tmp/mlruns", "plain folder"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite://", "names no file"),
+        ("ftp://server/x", "unknown scheme 'ftp'"),
+    ],
+)
+def test_a_store_that_cannot_keep_runs_is_refused(uri: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        store.store_uri(uri, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_an_unreachable_store_is_said_within_seconds(scheme: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(TransientError) as raised:
+        store.connect(f"{scheme}://user:secret@127.0.0.1:{free_port()}/")
+    assert time.monotonic() - began < 6
+    assert "127.0.0.1" in str(raised.value) and "--tracking.no-enabled" in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_accepts_and_never_answers_is_said_within_seconds(silent_port: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="timed out"):
+        store.connect(f"http://127.0.0.1:{silent_port}")
+    assert time.monotonic() - began < 8
+
+
+def test_another_program_behind_the_address_is_said() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ConfigError, match="is not an MLflow server"):
+            store.connect(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+
+
+def test_a_database_that_is_none_or_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("hello, I am no database")
+    with pytest.raises(ConfigError, match="is not a sqlite database"):
+        store.connect(f"sqlite:///{tmp_path}/text.db")
+    with pytest.raises(TransientError, match="cannot be written"):
+        store.connect(f"sqlite:///{tmp_path}/text.db/inside/mlflow.db")
+
+
+# --- opening a run
+
+
+def test_off_is_off(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained, enabled=False)
+    assert open_run(folder, recipe) is None
+    assert isinstance(open_tracker(folder), NullTracker)
+    assert finish_run(folder, recipe) is None
+    end_run(folder)
+    assert not (folder / LINK).exists()
+
+
+def test_run_has_recipe_code_data_and_command(tracked: Tracked, index: Index) -> None:
+    run = tracked.client.get_run(tracked.run_id)
+    tags, params = run.data.tags, run.data.params
+    assert tags["mlflow.runName"] == "run"
+    assert tags["mlflow.source.name"] == "mmsa-dist train self_mm --data 'a folder'"
+    assert tags["data.fingerprint"] == index.fingerprint
+    assert tags["data.synthetic"] == "true"
+    assert tags["owner"] == "tests"
+    assert {"version.torch", "version.mlflow", "version.python", "version.mmsa-dist"} <= tags.keys()
+    assert params["system"] == "self_mm"
+    assert params["optim.lr.text"] == "5e-05"
+    assert params["model.post_fusion_dim"] == "128"
+    assert len(params) > 60
+    (inputs,) = run.inputs.dataset_inputs
+    assert inputs.dataset.name == index.name
+    assert index.fingerprint.startswith(inputs.dataset.digest)
+    assert tracked.client.get_experiment(run.info.experiment_id).name == index.name
+    files = {file.path for file in tracked.client.list_artifacts(tracked.run_id)}
+    assert {"recipe.yaml", "plan.json", "environment.json", "data.json", "result.json"} <= files
+
+
+def test_git_state_is_recorded_where_the_code_is_a_checkout(tmp_path: Path) -> None:
+    import subprocess
+
+    from mmsa_dist.tracking import run
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run.git_tags(tmp_path) == {}
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("one")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert run.git_tags(tmp_path) == {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
+    (tmp_path / "code.py").write_text("two")
+    assert run.git_tags(tmp_path)["git.dirty"] == "true"
+    (tmp_path / "inner").mkdir()
+    assert run.git_tags(tmp_path / "inner") == {}  # installed inside somebody else's checkout
+
+
+def test_recipe_artifact_is_the_whole_recipe(tracked: Tracked, tmp_path: Path) -> None:
+    file = tracked.client.download_artifacts(tracked.run_id, "recipe.yaml", str(tmp_path))
+    assert yaml.safe_load(Path(file).read_text()) == tracked.recipe.dump()
+
+
+def test_long_values_are_cut_to_what_mlflow_takes(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained, tags={"note": "n" * 7000})
+    run_id = open_run(folder, recipe, command=["mmsa-dist", "x" * 9000])
+    params = client_of(runs_dir).get_run(run_id).data.params
+    assert params["tracking.tags.note"] == "n" * 6000
+
+
+def test_child_of_another_run(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    client = client_of(runs_dir)
+    parent = client.create_run(client.create_experiment("sweep")).info.run_id
+    folder, recipe = described(runs_dir, trained, parent=parent, experiment="sweep")
+    run_id = open_run(folder, recipe)
+    run = client.get_run(run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.info.experiment_id == client.get_experiment_by_name("sweep").experiment_id
+
+
+def test_a_parent_that_is_not_there_is_said(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained, parent="0" * 32)
+    with pytest.raises(ConfigError, match="0" * 32):
+        open_run(folder, recipe)
+
+
+def test_a_deleted_experiment_is_said(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    client = client_of(runs_dir)
+    client.delete_experiment(client.create_experiment("gone"))
+    folder, recipe = described(runs_dir, trained, experiment="gone")
+    with pytest.raises(ConfigError, match="was deleted.*restore"):
+        open_run(folder, recipe)
+
+
+def test_a_restart_goes_on_with_the_same_run(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained)
+    first = open_run(folder, recipe)
+    end_run(folder, "KILLED")
+    assert client_of(runs_dir).get_run(first).info.status == "KILLED"
+    assert open_run(folder, recipe) == first
+    assert client_of(runs_dir).get_run(first).info.status == "RUNNING"
+
+
+# --- numbers
+
+
+def test_every_epoch_arrives_with_its_step(tracked: Tracked) -> None:
+    events = [event for event in read_events(tracked.folder) if event["event"] == "epoch"]
+    for name, values in (
+        ("train_loss", [event["train_loss"] for event in events]),
+        ("valid_mae", [event["valid"]["mae"] for event in events]),
+        ("lr_rest", [1e-3, 1e-3]),
+    ):
+        history = sorted(tracked.client.get_metric_history(tracked.run_id, name), key=lambda metric: metric.step)
+        assert [(metric.step, metric.value) for metric in history] == [
+            (event["step"], value) for event, value in zip(events, values, strict=True)
+        ]
+
+
+def test_the_result_arrives(tracked: Tracked) -> None:
+    result = json.loads((tracked.folder / "result.json").read_text())
+    metrics = tracked.client.get_run(tracked.run_id).data.metrics
+    for split, prefix in (("valid", "best_valid_"), ("test", "test_")):
+        for name, value in result[split].items():
+            assert metrics.get(prefix + name) == value  # what is undefined is not there
+    assert metrics["best_epoch"] == 2
+    assert tracked.client.get_run(tracked.run_id).info.status == "FINISHED"
+
+
+def test_system_metrics_arrive_even_of_a_short_run(tracked: Tracked) -> None:
+    metrics = tracked.client.get_run(tracked.run_id).data.metrics
+    assert 0 < metrics["system/system_memory_usage_percentage"] <= 100
+    assert len(tracked.client.get_metric_history(tracked.run_id, "system/cpu_utilization_percentage")) >= 2
+
+
+def test_what_is_undefined_is_left_out(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained)
+    run_id = open_run(folder, recipe)
+    with open_tracker(folder) as tracker:
+        tracker.epoch({"valid_corr": None, "valid_mae": 1.5, "note": "text", "flag": True}, 7)
+    metrics = client_of(runs_dir).get_run(run_id).data.metrics
+    assert {name for name in metrics if not name.startswith("system/")} == {"valid_mae"}
+
+
+def test_only_rank_0_records(tracked: Tracked) -> None:
+    assert isinstance(open_tracker(tracked.folder, rank=1), NullTracker)
+
+
+def test_training_never_waits_for_a_server_that_hangs(
+    tmp_path: Path, silent_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        tracker = MlflowTracker(f"http://127.0.0.1:{silent_port}", "run", tmp_path / SPILL, capacity=10)
+        began = time.monotonic()
+        for step in range(500):
+            tracker.epoch({"train_loss": 1.0}, step)
+        assert time.monotonic() - began < 1
+        tracker.close(timeout=30)
+    rows = [json.loads(line) for line in (tmp_path / SPILL).read_text().splitlines()]
+    assert sorted(row["step"] for row in rows if "train_loss" in row["metrics"]) == list(range(500))
+    assert len(caplog.records) == 1  # one warning a minute
+    assert "training goes on" in caplog.text
+
+
+def test_a_database_of_another_machine_is_not_made_here(tmp_path: Path) -> None:
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/elsewhere.db", "run", tmp_path / SPILL)
+    tracker.epoch({"train_loss": 1.0}, 1)
+    tracker.close()
+    assert not (tmp_path / "elsewhere.db").exists()
+    assert "train_loss" in (tmp_path / SPILL).read_text()
+
+
+def test_a_server_that_goes_down_and_comes_back_has_every_epoch(
+    tmp_path: Path, runs_dir: Path, trained: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmsa_dist.tracking.tracker.RETRY_EVERY", 0.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port = free_port()
+    server = tracking_server(runs_dir, port)
+    try:
+        folder, recipe = described(runs_dir, trained, uri=server.uri)
+        run_id = open_run(folder, recipe)
+        tracker = open_tracker(folder)
+        tracker.epoch({"train_loss": 3.0}, 1)
+        wait_for(lambda: client_of(runs_dir).get_metric_history(run_id, "train_loss"))
+    finally:
+        server.close()
+    tracker.epoch({"train_loss": 2.0}, 2)
+    tracker.epoch({"train_loss": 1.0}, 3)
+    wait_for(lambda: (folder / SPILL).is_file() and '"step": 3' in (folder / SPILL).read_text())
+    tracker.__exit__(None, None, None)
+    server = tracking_server(runs_dir, port)
+    try:
+        client = MlflowClient(server.uri)
+        assert replay(client, run_id, folder / SPILL) >= 2
+        assert not (folder / SPILL).exists()
+        history = client.get_metric_history(run_id, "train_loss")
+        assert sorted((metric.step, metric.value) for metric in history) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+        end_run(folder)
+        assert client.get_run(run_id).info.status == "FAILED"
+    finally:
+        server.close()
+
+
+def test_what_was_spilled_is_sent_once_at_the_end(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained)
+    run_id = open_run(folder, recipe)
+    row = {"step": 4, "timestamp": 1000, "metrics": {"train_loss": 0.5}}
+    (folder / SPILL).write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n" + '{"step": 5, "tim')  # killed here
+    assert replay(client_of(runs_dir), run_id, folder / SPILL) == 2
+    history = client_of(runs_dir).get_metric_history(run_id, "train_loss")
+    assert [(metric.step, metric.value) for metric in history] == [(4, 0.5)]
+    assert replay(client_of(runs_dir), run_id, folder / SPILL) == 0
+
+
+def test_epochs_that_a_killed_rank_took_with_it_are_taken_from_its_events(
+    runs_dir: Path, index: Index, trained: tuple[Path, Recipe]
+) -> None:
+    source, _ = trained
+    folder, recipe = described(runs_dir, trained, register_as="none")
+    run_id = open_run(folder, recipe)
+    for part in ("events", "predictions", "best"):
+        shutil.copytree(source / part, folder / part)
+    shutil.copyfile(source / "result.json", folder / "result.json")
+    published = finish_run(folder, recipe)
+    assert published is not None and published.name is None
+    history = client_of(runs_dir).get_metric_history(run_id, "train_loss")
+    events = [event for event in read_events(folder) if event["event"] == "epoch"]
+    assert sorted((m.step, m.value) for m in history) == [(event["step"], event["train_loss"]) for event in events]
+    assert client_of(runs_dir).search_registered_models() == []
+
+
+def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Link(f"http://127.0.0.1:{free_port()}", "run", "experiment", "1").save(tmp_path)
+    end_run(tmp_path)
+    assert "could not be recorded" in caplog.text
+
+
+@pytest.fixture
+def silent_port() -> object:
+    """A port that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield listener.getsockname()[1]
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
