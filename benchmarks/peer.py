@@ -31,7 +31,7 @@ from benchmarks.record import ROOT, Row, portable, record
 
 LAYERS = 2
 MICRO_BATCH, ACCUMULATION = 16, 4
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
                 self.begun = cpu_seconds()
 
     torch.set_num_threads(1)
-    recipe = load_recipe("self_mm", "mosi", overrides(folder, epochs))
+    recipe = load_recipe("self_mm", None, overrides(folder, epochs))
     index = Index.load(folder / "shards")
     run = run_folder.create(folder / "runs", "peer", recipe.dump())
     write_description(run, recipe, index)

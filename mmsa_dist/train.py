@@ -1,12 +1,15 @@
 """A whole run as its driver sees it: check, record, launch, follow, register, say what came out."""
 
 import os
-from contextlib import nullcontext
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mmsa_dist import launch, run_folder, session
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe
 from shards.index import Index
@@ -27,7 +30,7 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
     folder = folder or prepare(recipe, index, runs_dir, name)
     print(f"run {folder}")
     print(session.sentence(session.arithmetic(recipe, index)))
-    with Follower(folder, recipe.train.monitor):
+    with ended(recipe, folder), Follower(folder, recipe.train.monitor):
         result = launch.run(recipe, folder)
     conclude(recipe, folder, result)
     return result
@@ -66,12 +69,31 @@ def _has_gpu() -> bool:
 def prepare(recipe: Recipe, index: Index, runs_dir: Path, name: str | None) -> Path:
     """A run folder with its description, and the MLflow run where tracking is on: an unreachable server is said now."""
     folder = run_folder.create(runs_dir, name or recipe.system.rpartition(":")[2], recipe.dump())
-    session.write_description(folder, recipe, index)
-    if recipe.tracking.enabled:
-        from mmsa_dist.tracking import open_run
+    try:
+        session.write_description(folder, recipe, index)
+        if recipe.tracking.enabled:
+            from mmsa_dist.tracking import open_run
 
-        open_run(folder, recipe.dump(), recipe.tracking, session.card(recipe, index))
+            open_run(folder, recipe)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # a run that never began leaves nothing
+        raise
     return folder
+
+
+@contextmanager
+def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Says in MLflow how a run ended that did not end well, and to the user how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if recipe.tracking.enabled:
+            from mmsa_dist.tracking import end_run
+
+            end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if isinstance(error, KeyboardInterrupt | TransientError) and any((folder / "checkpoints").glob("step-*")):
+            print(f"go on with: mmsa-dist train --resume {folder}", file=sys.stderr)
+        raise
 
 
 def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
@@ -80,10 +102,16 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     from shards.progress import console
 
     console.print(result_table(result))
+    published = None
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import finish_run
 
-        finish_run(folder, recipe)
+        published = finish_run(folder, recipe)
+    if published and published.name:
+        named = ", ".join(f"@{alias}" for alias in published.aliases)
+        print(f"registered {published.uri}" + (f" as {named}" if named else ""))
+    for note in published.notes if published else ():
+        print(note)
     print(
         f"everything of this run is in {folder}; predict with:\n"
         f"  mmsa-dist predict {folder} --data FOLDER --out predictions.csv"

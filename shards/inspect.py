@@ -74,7 +74,12 @@ def render(told: dict[str, Any]) -> Group:
         ("folder", told["folder"]),
     ):
         facts.add_row(name, value)
-    return Group(title, facts, Text(), _modality_table(told), *(_label_table(told, task) for task in told["tasks"]))
+    by_split = _label_table(told, "label M", told["labels"]["M"]["counts"])
+    tables = [_modality_table(told), by_split]
+    if len(told["tasks"]) > 1:
+        others = {task: _totals(told["labels"][task]) for task in told["tasks"] if task != "M"}
+        tables.append(_label_table(told, "single modalities", others))
+    return Group(title, facts, Text(), *tables)
 
 
 def _text_line(told: dict[str, Any]) -> str:
@@ -99,21 +104,26 @@ def _modality_table(told: dict[str, Any]) -> Table:
     return table
 
 
-def _label_table(told: dict[str, Any], task: str) -> Table:
-    facts = told["labels"][task]
-    table = Table(title=f"label {task} (rounded to the nearest of these)", title_justify="left")
-    table.add_column("label", justify="right")
-    for split in told["splits"]:
-        table.add_column(split, justify="right")
-    table.add_column("all", justify="left")
-    totals = [sum(row) for row in zip(*facts["counts"].values(), strict=True)]
-    for row, (label, total) in enumerate(zip(facts["near"], totals, strict=True)):
-        bar = "█" * round(BAR * total / max(1, *totals))
-        counts = (f"{counts[row]:,}" for counts in facts["counts"].values())
-        table.add_row(f"{label:+g}" if label else "0", *counts, f"{bar} {total:,}")
-    if facts["missing"]:
-        table.caption = f"{facts['missing']:,} samples lack it"
+def _label_table(told: dict[str, Any], what: str, columns: dict[str, list[int]]) -> Table:
+    """One row a label, one column for each of `columns`, and bars of their sum where they are splits."""
+    splits = set(columns) == set(told["splits"])
+    table = Table(title=f"{what}, by nearest label", title_justify="left")
+    for heading in ("label", *columns):
+        table.add_column(heading, justify="right")
+    if splits:
+        table.add_column("all")
+    totals = [sum(row) for row in zip(*columns.values(), strict=True)]
+    for row, (label, total) in enumerate(zip(told["labels"]["M"]["near"], totals, strict=True)):
+        bar = [f"{'█' * round(BAR * total / max(1, *totals))} {total:,}"] if splits else []
+        table.add_row(f"{label:+g}" if label else "0", *(f"{counts[row]:,}" for counts in columns.values()), *bar)
+    if any(lacking := [told["labels"][task]["missing"] for task in columns if task in told["labels"]]):
+        table.add_row("none", *(f"{count:,}" for count in lacking))
     return table
+
+
+def _totals(facts: dict[str, Any]) -> list[int]:
+    """Counts over all splits."""
+    return [sum(row) for row in zip(*facts["counts"].values(), strict=True)]
 
 
 def _column(tables: list[pa.Table], name: str) -> np.ndarray:

@@ -33,14 +33,9 @@ KINDS = {
 }
 
 NOT_SEARCHED = (
-    "system",
-    "launch.",
-    "tracking.",
-    "checkpoint.",
-    "data.path",
-    "data.readers",
-    "data.eval_batch_size",
-) + (("train.epochs", "train.monitor", "train.test", "engine.zero"))
+    *("system", "launch.", "tracking.", "checkpoint.", "data.path", "data.readers", "data.eval_batch_size"),
+    *("train.epochs", "train.monitor", "train.test", "engine.zero"),
+)
 """Keys that change no result, or by which trials are compared."""
 
 Value = Any
@@ -142,7 +137,7 @@ class Space:
                 if key not in valid:
                     raise ConfigError(f"{self.where}: unknown key `{key}`{nearest(key, valid)}")
             for value in knob.samples():
-                with_values(recipe, {key: value for key in knob.keys}, f"{self.where}: {knob.name}")
+                with_values(recipe, dict.fromkeys(knob.keys, value), f"{self.where}: {knob.name}")
         return self
 
     def without(self, keys: Iterable[str]) -> "Space":
@@ -151,10 +146,13 @@ class Space:
         knobs = (replace(knob, keys=tuple(key for key in knob.keys if key not in fixed)) for knob in self.knobs)
         return replace(self, knobs=tuple(knob for knob in knobs if knob.keys))
 
+    @property
     def keys(self) -> list[str]:
+        """Every dotted key that is searched."""
         return [key for knob in self.knobs for key in knob.keys]
 
     def distributions(self) -> dict[str, "BaseDistribution"]:
+        """What Optuna draws from, by the name of the knob."""
         return {knob.name: knob.distribution() for knob in self.knobs}
 
     def decoded(self, drawn: Mapping[str, Value]) -> dict[str, Value]:

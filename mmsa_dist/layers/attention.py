@@ -13,16 +13,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tenso
     Args:
         query: (B, h, L, d).
         key, value: (B, h, S, d).
-        key_mask: (B, S) bool, True on real keys.
+        key_mask: (B, S) bool, True on real keys. Every sample has at least one, as `Batch.mask` sees to.
 
     Returns:
-        (B, h, L, d); zero for a sample without any real key.
+        (B, h, L, d).
     """
-    some = key_mask.any(1)
-    # a softmax over nothing is not a number: let such a sample look everywhere, then discard what it saw
-    allowed = key_mask | ~some[:, None]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None, None, :])
-    return out.masked_fill(~some[:, None, None, None], 0.0)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None, :])
 
 
 class SelfAttention(nn.Module):

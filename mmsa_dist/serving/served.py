@@ -52,7 +52,8 @@ class ServedSystem(PythonModel):
         """`context.artifacts["model"]` is the model folder."""
         self.predictor = Predictor.load(Path(context.artifacts["model"]))
 
-    def predict(self, context, model_input, params=None) -> pd.DataFrame:
+    # without annotations: MLflow would take them for the schema of a request
+    def predict(self, context, model_input, params=None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """Answers for a DataFrame, a list of records or one record.
 
         Raises:

@@ -255,14 +255,15 @@ class UfenMtfn(System):
         self, fused: dict[str, Tensor], pooled: dict[str, Tensor], masks: dict[str, Tensor], present: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The vectors that are fused, (B, P, d), and which of them a sample has, (B, P)."""
-        if not self.pairs:
-            return torch.stack(list(pooled.values()), 1), torch.stack([present[name] for name in pooled], 1)
-        vectors, there = [], []
-        for i, j in permutations(fused, 2):
-            vector = self.pairs[f"{i}_{j}"](fused[i], masks[i], fused[j], masks[j], present[j])
-            vectors.append(zero_absent(vector, present[i]))
-            there.append(present[i])
-        return torch.stack(vectors, 1), torch.stack(there, 1)
+        if self.pairs:
+            pairs = list(permutations(fused, 2))
+            vectors = [self.pairs[f"{i}_{j}"](fused[i], masks[i], fused[j], masks[j], present[j]) for i, j in pairs]
+            there = torch.stack([present[i] for i, _ in pairs], 1)
+        else:
+            vectors, there = list(pooled.values()), torch.stack([present[name] for name in pooled], 1)
+        tokens = torch.stack(vectors, 1).masked_fill(~there[..., None], 0.0)
+        # a sample without any modality would leave attention nothing to look at: it may look at the zeros
+        return tokens, there | ~there.any(1, keepdim=True)
 
     def loss(self, prediction: Prediction, batch: Batch, targets: dict[str, Tensor]) -> Losses:
         parts: dict[str, Tensor] = {}

@@ -84,8 +84,8 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one sample says: polarity p in -1..1 without 0.., tone +1 or -1, strength v in 0.4..1."""
+class Meaning:
+    """What one sample says: polarity 0.2..1 of either sign, tone +1 or -1, strength 0.4..1."""
 
     polarity: float
     tone: float
@@ -127,16 +127,16 @@ class GeneratedSource:
     def keys(self, split: str) -> Iterable[str]:
         return (self._key(split, number) for number in range(self.counts[split]))
 
-    def plan(self, split: str, number: int) -> Plan:
+    def meaning(self, split: str, number: int) -> Meaning:
         """What the sample says, before any of it is noise: the truth that tests compare with."""
         return _drawn(self._stream(split, number))
 
     def read(self, split: str, number: int) -> Utterance:
         rng = self._stream(split, number)
-        plan = _drawn(rng)
+        meaning = _drawn(rng)
         lengths = {name: int(rng.integers(*span, endpoint=True)) for name, span in self._preset.lengths.items()}
-        words = _sentence(rng, plan.polarity, lengths["text"] - 2)
-        signals = {"audio": plan.tone, "vision": 2 * plan.strength - 1.4}
+        words = _sentence(rng, meaning.polarity, lengths["text"] - 2)
+        signals = {"audio": meaning.tone, "vision": 2 * meaning.strength - 1.4}
         modalities = {name: self._sequence(rng, name, lengths[name], signals[name]) for name in ("audio", "vision")}
         text = self._noise(rng, lengths["text"], self.widths["text"])
         text[1:-1] += self._embedding[words]  # [CLS] and [SEP] hold no word
@@ -144,7 +144,7 @@ class GeneratedSource:
             key=self._key(split, number),
             split=split,
             modalities={"text": text, **modalities},
-            labels=self._labels(plan),
+            labels=self._labels(meaning),
             raw_text=" ".join(WORDS[word] for word in words),
             tokens=np.concatenate([[CLS], FIRST_TOKEN + words, [SEP]]).astype(np.int32),
         )
@@ -158,8 +158,8 @@ class GeneratedSource:
     def _stream(self, split: str, number: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, SPLITS.index(split), number])
 
-    def _labels(self, plan: Plan) -> dict[str, float]:
-        values = {"M": plan.label, "T": plan.polarity, "A": plan.tone * 0.6, "V": 2 * plan.strength - 1.4}
+    def _labels(self, meaning: Meaning) -> dict[str, float]:
+        values = {"M": meaning.label, "T": meaning.polarity, "A": meaning.tone * 0.6, "V": 2 * meaning.strength - 1.4}
         top = self.label_range[1]
         return {task: round(values[task] * top * 5) / 5 for task in self.tasks}
 
@@ -193,10 +193,10 @@ class GeneratedSource:
         return table
 
 
-def _drawn(rng: np.random.Generator) -> Plan:
+def _drawn(rng: np.random.Generator) -> Meaning:
     polarity = rng.uniform(0.2, 1.0) * (1 if rng.random() < 0.5 else -1)
     tone = -1.0 if rng.random() < IRONIC else 1.0
-    return Plan(float(polarity), tone, float(rng.uniform(0.4, 1.0)))
+    return Meaning(float(polarity), tone, float(rng.uniform(0.4, 1.0)))
 
 
 def _sentence(rng: np.random.Generator, polarity: float, length: int) -> np.ndarray:

@@ -1,0 +1,83 @@
+"""What became of a trial, read from the folder it left: the sweep's memory is on disk, not in a process.
+
+``trial.json`` is written when a trial is drawn, ``error.json`` where it failed; all else is an ordinary run folder.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist import run_folder
+from mmsa_dist.metrics import is_better
+
+TRIAL, ERROR, RESULT = "trial.json", "error.json", "result.json"
+
+DONE, STOPPED, FAILED, INTERRUPTED = "done", "stopped early", "failed", "interrupted"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial.
+
+    Attributes:
+        number: from 1, in the order they were drawn.
+        values: dotted key -> value that was tried.
+        status: `DONE`, `STOPPED` (by ASHA), `FAILED` or `INTERRUPTED`.
+        best: its best validation result, at `best_epoch`; None where there is none.
+        epochs: how many it ran.
+        error: why it failed, in a sentence.
+    """
+
+    folder: Path
+    number: int
+    values: dict[str, Any]
+    status: str
+    best: float | None
+    best_epoch: int
+    epochs: int
+    error: str | None
+
+
+def read_outcome(folder: Path, monitor: str) -> Outcome:
+    """The outcome of the trial in `folder`, judged by the validation metric `monitor`."""
+    trial = run_folder.read_json(folder / TRIAL)
+    error = run_folder.read_json(folder / ERROR)["message"] if (folder / ERROR).is_file() else None
+    if (folder / RESULT).is_file():
+        status = DONE
+    elif error is not None:
+        status = FAILED
+    else:
+        status = STOPPED if trial.get("stopped") else INTERRUPTED
+    best, best_epoch, epochs = best_so_far(folder, monitor)
+    return Outcome(folder, trial["number"], trial["values"], status, best, best_epoch, epochs, error)
+
+
+def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:
+    """All trials below `trials_dir`, in the order they were drawn."""
+    outcomes = [read_outcome(file.parent, monitor) for file in trials_dir.glob(f"*/{TRIAL}")]
+    return sorted(outcomes, key=lambda outcome: outcome.number)
+
+
+def best_so_far(folder: Path, monitor: str) -> tuple[float | None, int, int]:
+    """A run's best validation result yet, its epoch, and the number of epochs it ran."""
+    best: float | None = None
+    best_epoch = epochs = 0
+    for event in run_folder.read_events(folder):
+        if event["event"] == "epoch":
+            epochs = max(epochs, event["epoch"])
+            if is_better(monitor, event["valid"].get(monitor), best):
+                best, best_epoch = event["valid"][monitor], event["epoch"]
+    return best, best_epoch, epochs
+
+
+def winner(outcomes: Iterable[Outcome], monitor: str) -> Outcome | None:
+    """The trial with the best validation result, the earlier of equals; one that was stopped early may win.
+
+    A failed trial cannot: whether its training holds is not known.
+    """
+    best: Outcome | None = None
+    for outcome in outcomes:
+        if outcome.status in (DONE, STOPPED) and is_better(monitor, outcome.best, best.best if best else None):
+            best = outcome
+    return best

@@ -1,0 +1,68 @@
+"""A sweep in MLflow: trials are child runs of the sweep's run. A failure here is a warning: the folders hold it all."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmsa_dist import tracking
+from mmsa_dist.errors import MmsaError
+from mmsa_dist.tracking import Link, store
+from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, Outcome
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+STATUS = {DONE: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED", INTERRUPTED: "KILLED"}
+"""A trial that was stopped early is finished for MLflow: nothing went wrong."""
+
+
+def record_trial(outcome: Outcome, monitor: str) -> None:
+    """Closes a trial's run with its best validation result and its status in the sweep."""
+
+    def write(client: "MlflowClient", run_id: str) -> None:
+        if outcome.best is not None:
+            client.log_metric(run_id, f"best_valid_{monitor}", outcome.best)
+            client.log_metric(run_id, "best_epoch", outcome.best_epoch)
+        client.set_tag(run_id, "sweep.status", outcome.status)
+        client.set_tag(run_id, "sweep.trial", str(outcome.number))
+        if outcome.error is not None:
+            client.set_tag(run_id, "sweep.error", outcome.error[:1000])
+
+    _write(outcome.folder, write)
+    tracking.end_run(outcome.folder, STATUS[outcome.status])
+
+
+def record_sweep(folder: Path, best: Outcome, monitor: str, result: dict[str, Any], files: list[Path]) -> None:
+    """Closes the sweep's run: what the best trial reached, which one it was, and the files of the sweep."""
+
+    def write(client: "MlflowClient", run_id: str) -> None:
+        numbers = {f"best_valid_{monitor}": best.best, "best_trial": best.number}
+        numbers |= {f"test_{name}": value for name, value in result.get("test", {}).items()}
+        for name, value in numbers.items():
+            if value is not None:
+                client.log_metric(run_id, name, float(value))
+        winner = Link.load(best.folder)
+        client.set_tag(run_id, "sweep.best_run", winner.run_id if winner else best.folder.name)
+        for key, value in best.values.items():
+            client.set_tag(run_id, f"best.{key}", str(value))
+        for file in files:
+            client.log_artifact(run_id, str(file))
+
+    _write(folder, write)
+    tracking.end_run(folder, "FINISHED")
+
+
+def _write(folder: Path, write: "Callable[[MlflowClient, str], None]") -> None:
+    """Calls `write` with the MLflow run of `folder` where it has one; what fails is a warning."""
+    link = Link.load(folder)
+    if link is None:
+        return
+    try:
+        client = store.connect(link.uri)
+        with store.said(link.uri):
+            write(client, link.run_id)
+    except MmsaError as error:
+        log.warning("%s is not wholly recorded in MLflow: %s", folder.name, error)

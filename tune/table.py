@@ -1,0 +1,85 @@
+"""The trials of a sweep as a table: on the terminal for people, as ``trials.csv`` for programs."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mmsa_dist.report import LABELS, value_text
+from tune.outcome import Outcome
+from tune.space import Space
+
+WIDE = 6
+"""More searched values than this share one column."""
+
+
+def trials_table(outcomes: Sequence[Outcome], space: Space, monitor: str, best: Outcome | None) -> Table:
+    """A trial a row, the best first, failed ones last; the best is marked."""
+    knobs = [(knob.keys[0], _short(knob.name)) for knob in space.knobs]
+    table = Table("trial", title="trials", title_justify="left")
+    for _, name in knobs if len(knobs) <= WIDE else [("", "values")]:
+        table.add_column(name, overflow="fold")
+    table.add_column(f"valid {LABELS.get(monitor, monitor)}", justify="right")
+    table.add_column("best epoch", justify="right")
+    table.add_column("epochs", justify="right")
+    table.add_column("status", overflow="fold")
+    ranked = sorted(outcomes, key=lambda each: _rank(each, monitor))
+    for each in ranked:
+        shown = [_text(each.values.get(key)) for key, _ in knobs]
+        cells = (
+            shown if len(knobs) <= WIDE else [" · ".join(f"{n} {v}" for (_, n), v in zip(knobs, shown, strict=True))]
+        )
+        status = each.status if each.error is None else f"{each.status}: {each.error}"
+        table.add_row(
+            f"{each.number}{' *' if each == best else ''}",
+            *cells,
+            value_text(monitor, each.best),
+            str(each.best_epoch or "-"),
+            str(each.epochs),
+            status,
+            style="bold" if each == best else "",
+        )
+    return table
+
+
+def write_csv(outcomes: Sequence[Outcome], space: Space, monitor: str, path: Path) -> None:
+    """Every trial with the full names and values, in the order they were drawn."""
+    keys = space.keys
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["trial", *keys, f"valid_{monitor}", "best_epoch", "epochs", "status", "error", "folder"])
+        for each in outcomes:
+            values = [each.values.get(key) for key in keys]
+            best = "" if each.best is None else each.best
+            out.writerow(
+                [
+                    each.number,
+                    *values,
+                    best,
+                    each.best_epoch,
+                    each.epochs,
+                    each.status,
+                    each.error or "",
+                    each.folder.name,
+                ]
+            )
+
+
+def _rank(outcome: Outcome, monitor: str) -> tuple[int, float, int]:
+    from mmsa_dist.metrics import higher_is_better
+
+    if outcome.best is None:
+        return (1, 0.0, outcome.number)
+    return (0, -outcome.best if higher_is_better(monitor) else outcome.best, outcome.number)
+
+
+def _short(name: str) -> str:
+    """``optim.lr.audio, optim.lr.rest`` -> ``lr.audio+rest``: what tells the columns apart."""
+    first, *others = (key.split(".", 1)[1] for key in name.split(", "))
+    return "+".join([first, *(key.rsplit(".", 1)[-1] for key in others)])
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,82 @@
+"""One trial, in its own process of the cluster: an ordinary Ray Train run that tells Ray Tune about every epoch."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.train import Checkpoint
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from mmsa_dist import launch, run_folder
+from mmsa_dist.errors import ConfigError, MmsaError, TransientError
+from mmsa_dist.metrics import higher_is_better, is_better
+from mmsa_dist.recipe import Recipe, read_recipe
+from tune.outcome import ERROR, RESULT, best_so_far
+
+OBJECTIVE = "objective"
+"""What trials are compared by: the best validation result so far, as at its end a run keeps its best epoch."""
+
+EPOCH = "epoch"
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Trains in the folder that the sweep prepared; what failed is written to ``error.json`` and raised.
+
+    Args:
+        config: ``folder``, with its ``recipe.yaml``; or ``error`` where the drawn values make no recipe.
+    """
+    try:
+        if "error" in config:
+            raise ConfigError(config["error"])
+        folder = Path(config["folder"])
+        _train(read_recipe(folder / "recipe.yaml"), folder)
+    except MmsaError as error:
+        run_folder.write_json(
+            Path(config["folder"]) / ERROR, {"message": str(error), "exit_code": error.exit_code, "trial": True}
+        )
+        raise
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    for attempt in range(recipe.launch.max_failures + 1):
+        shutil.rmtree(folder / "failures", ignore_errors=True)
+        outcome = _attempt(recipe, folder, attempt)
+        if (folder / RESULT).is_file():
+            return
+        error = launch.diagnose(folder, outcome)
+        if not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
+            raise error
+
+
+def _attempt(recipe: Recipe, folder: Path, attempt: int) -> str:
+    """Runs the ranks once; gives what was seen where they ended badly, '' where they did not."""
+    callback = ReportBest(recipe.train.monitor, best_so_far(folder, recipe.train.monitor)[0])
+    # a name of its own: Ray resumes a run whose name it has seen
+    name = f"{tune.get_context().get_trial_id()}-{attempt}"
+    try:
+        launch.ray_trainer(recipe, folder, name=name, callbacks=[callback], report=True).fit()
+    except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
+        return f"Ray Train: {type(error).__name__}: {launch.first_line(str(error))}"
+    return ""
+
+
+class ReportBest(TuneReportCallback):
+    """Passes on the epoch and the best validation result so far; made inside a trial, called in Ray Train's controller.
+
+    Args:
+        best: of the epochs before a restart.
+    """
+
+    def __init__(self, monitor: str, best: float | None) -> None:
+        super().__init__()
+        self.monitor, self.best = monitor, best
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        value = metrics[0].get(f"valid_{self.monitor}")
+        if is_better(self.monitor, value, self.best):
+            self.best = value
+        # a metric that is undefined yet (the correlation of constant predictions) is worse than any other
+        worst = float("-inf") if higher_is_better(self.monitor) else float("inf")
+        row = {EPOCH: metrics[0][EPOCH], OBJECTIVE: worst if self.best is None else self.best}
+        super().after_report(run_context, [row], checkpoint)
