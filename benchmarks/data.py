@@ -1,4 +1,4 @@
-"""Packing and streaming: samples/s, beside the raw files (the limit) and plain webdataset (the rival); memory of a rank.
+"""Packing and streaming: samples/s, beside the raw files (the limit) and plain webdataset (the rival); a rank's memory.
 
 All on the same generated data, one thread each unless a row says otherwise, files in the page cache, in rounds: every
 contestant runs once a round, so that a busy moment hits all of them. A rate is per second of CPU time (user + system);
@@ -13,21 +13,24 @@ Streaming ends with batches of `BATCH` samples padded to float32 torch tensors, 
 - webdataset: the same shards through plain `webdataset.WebDataset` in file order, unshuffled; safetensors by
   `safetensors.torch.load`; and shards of three .npy members, which is how one writes them without further thought.
 
-Memory is that of a process of its own that reads an epoch: the peak of anonymous memory (RssAnon), noted after each
-batch. Mapped files are not in it: they are the page cache's, which gives them back when somebody needs the memory.
+Memory is that of a process of its own that reads the train split: the peak of anonymous memory (RssAnon), noted after
+each batch. Mapped files are not in it: they are the page cache's, which gives them back when somebody needs the memory.
 """
 
 import argparse
 import io
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +50,9 @@ from shards.utterance import MODALITIES, SPLITS, Utterance
 from shards.write import pack
 
 BATCH = 64
+OURS = "ours, read in the training thread"
 SHARDS = 24
-"""About so many in each data set, however large: more than a rank holds open."""
+"""About so many in the smaller data set whose reader's memory is measured: more than a reader holds open."""
 
 
 def main() -> None:
@@ -56,11 +60,12 @@ def main() -> None:
     parser.add_argument("--like", default="mosei", help="published data set whose shape the generated one has")
     parser.add_argument("--samples", type=int, default=2000, help="samples of the data set (and four times as many)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that is not counted")
-    parser.add_argument("--epoch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.epoch:
-        print(json.dumps(epoch_memory(options.epoch)))
+    if options.read:
+        print(json.dumps(read_memory(options.read, options.epochs)))
         return
     with tempfile.TemporaryDirectory() as name:
         results = measure(Path(name), options)
@@ -72,27 +77,27 @@ def main() -> None:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, object]:
     """Everything, as it goes into the raw figures."""
     source = Resident(options.like, options.samples)
-    shard_bytes = source.bytes // SHARDS
-    writers = {
-        "pack": lambda out: pack(source, out, shard_bytes=shard_bytes),
-        "webdataset": lambda out: write_npy(source, out, shard_bytes),
+    packers: dict[str, Callable[[Path], object]] = {
+        "pack": lambda out: pack(source, out),
+        "webdataset": lambda out: write_npy(source, out),
     }
-    packing: dict[str, list[Rate]] = {name: [] for name in writers}
-    for turn in range(1 + options.rounds):
-        for name, write in writers.items():
-            packing[name].append(rate(lambda write=write: [write(folder / f"{name}-{turn}")] and source.total))
-    index = Index.load(folder / "pack-0")
-    readers = contestants(index, source, folder)
-    reading: dict[str, list[Rate]] = {name: [] for name in readers}
+    packing: dict[str, list[Rate]] = {name: [] for name in packers}
     for _ in range(1 + options.rounds):
-        for name, read in readers.items():
-            reading[name].append(rate(read))
+        for name, write in packers.items():
+            packing[name].append(rate(partial(written, source, write, folder / name)))
+    index = Index.load(folder / "pack")
+    with ExitStack() as stack:
+        readers = contestants(index, folder, stack)
+        reading: dict[str, list[Rate]] = {name: [] for name in readers}
+        for _ in range(1 + options.rounds):
+            for name, read in readers.items():
+                reading[name].append(rate(read))
     return {
         "bytes_per_sample": source.bytes // source.total,
         "batch": BATCH,
         "packing": {name: [vars(r) for r in rates[1:]] for name, rates in packing.items()},
         "reading": {name: [vars(r) for r in rates[1:]] for name, rates in reading.items()},
-        "memory": memory(folder, options, shard_bytes),
+        "memory": memory(folder, options, source.bytes // SHARDS),
     }
 
 
@@ -113,7 +118,7 @@ def report(options: argparse.Namespace, results: dict[str, object]) -> list[Row]
     rows = [row(f"`mmsa-dist pack` ({size})", packing["pack"])]
     rows.append(row("webdataset's TarWriter, three .npy members, no index", packing["webdataset"]))
     rows += [row(f"reading: {name}", figures) for name, figures in reading.items()]
-    mine = reading["ours, read in the training thread"]
+    mine = reading[OURS]
     rows += [
         ratio("ours / memory map + numpy conversion", mine, reading["memory map, numpy"], 0.8),
         ratio("ours / memory map + torch conversion", mine, reading["memory map, torch"], 0),
@@ -123,7 +128,7 @@ def report(options: argparse.Namespace, results: dict[str, object]) -> list[Row]
     growth = memory_of["four times"]["anonymous"] / memory_of["once"]["anonymous"]
     rows += [
         Row(
-            f"peak memory of a rank that reads an epoch of {memory_of[name]['samples']:,} samples",
+            f"peak memory of a rank that reads {memory_of[name]['samples']:,} samples",
             memory_of[name]["anonymous"] / 2**20,
             "MiB",
             how=f"RssAnon; {memory_of[name]['before'] / 2**20:,.0f} MiB of it are imports",
@@ -178,10 +183,17 @@ class Resident(GeneratedSource):
         return (u for held in self._held.values() for u in held)
 
 
-def write_npy(source: Resident, out: Path, shard_bytes: int) -> None:
+def written(source: Resident, write: Callable[[Path], object], out: Path) -> int:
+    """Writes the samples to `out`, which is emptied first; how many they are."""
+    shutil.rmtree(out, ignore_errors=True)
+    write(out)
+    return source.total
+
+
+def write_npy(source: Resident, out: Path) -> None:
     """What the webdataset manual shows: one .npy member a modality, float16."""
     out.mkdir()
-    with webdataset.ShardWriter(str(out / "%05d.tar"), maxsize=shard_bytes, verbose=0) as sink:
+    with webdataset.ShardWriter(str(out / "%05d.tar"), maxsize=64 * 2**20, verbose=0) as sink:
         for number, u in enumerate(source.utterances()):
             arrays = {f"{name}.npy": npy(array.astype(np.float16)) for name, array in u.modalities.items()}
             sink.write({"__key__": f"{number:08d}", "json": json.dumps({"labels": u.labels}).encode(), **arrays})
@@ -193,23 +205,22 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def contestants(index: Index, source: Resident, folder: Path) -> dict[str, Callable[[], int]]:
-    """Name -> one epoch over the train split; returns how many samples it read."""
+def contestants(index: Index, folder: Path, stack: ExitStack) -> dict[str, Callable[[], int]]:
+    """Name -> one epoch over the train split; returns how many samples it read. `stack` closes what is open."""
     urls = [str(index.tar_path(n)) for n in index.shards_of("train")]
-    naive = sorted(str(path) for path in (folder / "webdataset-0").glob("*.tar"))
+    naive = sorted(str(path) for path in (folder / "webdataset").glob("*.tar"))
     flat = Flat(index, folder)
-    loaders = {
-        "ours, read in the training thread": 0,
-        "ours, 1 reader thread": 1,
-        "ours, 2 reader threads": 2,
-    }
+    reader = stack.enter_context(ShardReader(index))
+    loaders = [stack.enter_context(Loader(reader, BatchSpec.of(index), readers)) for readers in (0, 1, 2)]
     return {
-        "raw read of the shards": lambda: raw(urls, len(index.numbers("train"))),
-        "memory map, numpy": lambda: flat.epoch(with_torch=False),
-        "memory map, torch": lambda: flat.epoch(with_torch=True),
-        **{name: lambda readers=readers: ours(index, readers) for name, readers in loaders.items()},
-        "webdataset, our shards": lambda: through_webdataset(urls, from_safetensors),
-        "webdataset, .npy members": lambda: through_webdataset(naive, from_npy),
+        "raw read of the shards": partial(raw, urls, len(index.numbers("train"))),
+        "memory map, numpy": partial(flat.epoch, with_torch=False),
+        "memory map, torch": partial(flat.epoch, with_torch=True),
+        OURS: partial(ours, index, loaders[0]),
+        "ours, 1 reader thread": partial(ours, index, loaders[1]),
+        "ours, 2 reader threads": partial(ours, index, loaders[2]),
+        "webdataset, our shards": partial(through_webdataset, urls, from_safetensors),
+        "webdataset, .npy members": partial(through_webdataset, naive, from_npy),
     }
 
 
@@ -222,12 +233,11 @@ def raw(paths: list[str], samples: int) -> int:
     return samples
 
 
-def ours(index: Index, readers: int) -> int:
-    seen = 0
-    with ShardReader(index) as reader, Loader(reader, BatchSpec.of(index), readers) as loader:
-        for step in loader.train(training_plan(index, "train", 0, 0, BATCH), 0, 1):
-            seen += sum(batch.size for batch in step)
-    return len(index.numbers("train")) if seen else 0
+def ours(index: Index, loader: Loader) -> int:
+    plan = training_plan(index, "train", seed=0, epoch=0, global_batch=BATCH)
+    for _ in loader.train(plan, rank=0, world=1):
+        pass
+    return plan.num_samples
 
 
 class Flat:
@@ -305,27 +315,31 @@ def collated(batch: list[dict[str, torch.Tensor]], labels: list[float]) -> int:
 
 
 def memory(folder: Path, options: argparse.Namespace, shard_bytes: int) -> dict[str, dict[str, int]]:
-    """Peak memory of a rank, for the data set and for one four times as large in shards of the same size."""
+    """Peak memory of a rank, for the data set and for one four times as large in shards of the same size.
+
+    The smaller one is read four times: as many batches, so that only the size of the data set differs.
+    """
     results = {}
     for name, times in {"once": 1, "four times": 4}.items():
         out = folder / f"memory-{times}"
         pack(GeneratedSource(options.like, times * options.samples), out, shard_bytes=shard_bytes)
-        command = [sys.executable, "-m", "benchmarks.data", "--epoch", str(out)]
+        command = [sys.executable, "-m", "benchmarks.data", "--read", str(out), "--epochs", str(4 // times)]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
-def epoch_memory(folder: Path) -> dict[str, int]:
-    """Reads an epoch with one reader thread and notes this process's memory, in bytes."""
+def read_memory(folder: Path, epochs: int) -> dict[str, int]:
+    """Reads the train split with one reader thread and notes this process's memory after each batch, in bytes."""
     index = Index.load(folder)
     before = status("RssAnon")
-    anonymous, mapped, samples = [before], [0], 0
+    anonymous, mapped = [before], [0]
     with ShardReader(index) as reader, Loader(reader, BatchSpec.of(index), readers=1) as loader:
-        for step in loader.train(training_plan(index, "train", 0, 0, BATCH), 0, 1):
-            samples += int(sum(batch.weight.sum() for batch in step))
-            anonymous.append(status("RssAnon"))
-            mapped.append(status("RssFile"))
+        for epoch in range(epochs):
+            for _ in loader.train(training_plan(index, "train", 0, epoch, BATCH), rank=0, world=1):
+                anonymous.append(status("RssAnon"))
+                mapped.append(status("RssFile"))
+    samples = len(index.numbers("train"))
     return {"samples": samples, "before": before, "anonymous": max(anonymous), "mapped": max(mapped)}
 
 

@@ -74,12 +74,19 @@ def report(options: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
             value=statistics.median(r["ratio"] for r in rounds),
             unit="x",
             how=how,
+            headline=True,
         )
     ]
     for side, name in (("ours", "ours"), ("peer", "MMSA 2.2.1")):
         value = statistics.median(rate(r[side]) for r in rounds)
         rows.append(
-            Row(what=f"Self-MM, train samples per CPU-second: {name}", value=value, unit="samples/CPU-s", how=how)
+            Row(
+                what=f"Self-MM, train samples per CPU-second: {name}",
+                value=value,
+                unit="samples/CPU-s",
+                how=how,
+                headline=True,
+            )
         )
     peer = shlex.join(portable(word) for word in shlex.split(options.peer_command))
     command = f"python -m benchmarks.peer --peer-command '{peer}' --data {portable(str(options.data))}"

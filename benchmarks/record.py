@@ -32,6 +32,7 @@ class Row:
         wanted: the bound it is held against, in words; empty where there is none.
         how: warm-up, repeats and the statistic, e.g. "median of 7 after 1".
         met: whether the bound holds; None where there is none.
+        headline: shown in README.md too, as every row with a bound is; benchmarks/README.md shows all.
     """
 
     what: str
@@ -40,6 +41,7 @@ class Row:
     wanted: str = ""
     how: str = ""
     met: bool | None = None
+    headline: bool = False
 
 
 def record(name: str, rows: list[Row], raw: dict[str, Any] | None = None, command: str | None = None) -> Path:

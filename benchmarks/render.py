@@ -1,7 +1,8 @@
-"""Writes what ``benchmarks/results/*.json`` hold into the marked parts of README.md: no figure is typed by hand.
+"""Writes what ``benchmarks/results/*.json`` hold into the marked parts of the pages: no figure is typed by hand.
 
 A part begins with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``; what lies between is replaced. A result
-that does not exist is not shown. ``--check`` writes nothing and exits with 1 where README.md is behind the results.
+that does not exist is not shown. ``--check`` writes nothing and exits with 1 where a page is behind the results.
+README.md has ``real`` and ``figures`` (rows with a bound, and headlines), benchmarks/README.md has ``all`` (every row).
 
 ``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
 ``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
@@ -21,7 +22,8 @@ from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
 
-README = ROOT / "README.md"
+PAGES = {ROOT / "README.md": ("real", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
+"""Page -> its marked parts."""
 FIGURES = ("clone", "startup", "data", "loop", "peer")
 """Files of the figures' table in this order; others follow by name."""
 
@@ -79,7 +81,8 @@ def sections(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     names = [*(n for n in FIGURES if n in figures), *(n for n in sorted(figures) if n not in FIGURES)]
     return {
         "real": real(results["real"]) if "real" in results else "",
-        "figures": figure_table([figures[name] for name in names]) if names else "",
+        "figures": headlines([figures[name] for name in names]),
+        "all": "\n\n".join(whole(figures[name]) for name in names),
     }
 
 
@@ -118,14 +121,24 @@ def spread(metric: str, values: Iterable[float | None]) -> str:
     return text if len(known) == 1 else f"{text.removesuffix('%')} ± {style.format(statistics.stdev(known))}"
 
 
-def figure_table(contents: list[dict[str, Any]]) -> str:
-    """One row a figure, with the command and the file that holds everything measured."""
-    rows = []
+def headlines(contents: list[dict[str, Any]]) -> str:
+    """One row a figure that has a bound or is a headline, with the file that holds all that was measured."""
+    rows, notes = [], []
     for content in contents:
-        source = f"[`{content['command']}`](benchmarks/results/{content['name']}.json)"
-        rows += [[row["what"], measured(row), wanted(row), row["how"], source] for row in content["rows"]]
-    notes = "\n".join(f"- {content['name']}: {provenance(content)}" for content in contents)
-    return f"{table(['', 'measured', 'wanted', 'how', 'command and raw figures'], rows)}\n\n{notes}"
+        shown = [row for row in content["rows"] if row["wanted"] or row.get("headline")]
+        if shown:
+            name = content["name"]
+            source = f"[{name}](benchmarks/results/{name}.json)"
+            rows += [[row["what"], measured(row), wanted(row), row["how"], source] for row in shown]
+            notes.append(f"- {name}: `{content['command']}`. {provenance(content)}")
+    return f"{table(['', 'measured', 'wanted', 'how', 'raw'], rows)}\n\n" + "\n".join(notes) if rows else ""
+
+
+def whole(content: dict[str, Any]) -> str:
+    """Every row of one result, under its command."""
+    rows = [[row["what"], measured(row), wanted(row), row["how"]] for row in content["rows"]]
+    head = f"### [{content['name']}](results/{content['name']}.json)\n\n`{content['command']}`"
+    return f"{head}\n\n{table(['', 'measured', 'wanted', 'how'], rows)}\n\n{provenance(content)}"
 
 
 def measured(row: dict[str, Any]) -> str:
@@ -174,38 +187,35 @@ def replaced(page: str, name: str, text: str) -> str:
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise SystemExit(
-            f"error: README.md must hold {begin} and {end} once each; add them where the {name} results belong"
-        )
+        raise SystemExit(f"error: the page must hold {begin} and {end} once each, where the {name} results belong")
     body = f"\n{text.strip()}\n" if text.strip() else "\n"
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}{body}{end}", page, flags=re.DOTALL)
 
 
-def rendered(page: str, results: dict[str, dict[str, Any]]) -> str:
-    """`page` with every marked part renewed."""
-    for name, text in sections(results).items():
-        page = replaced(page, name, text)
+def rendered(page: str, parts: Iterable[str], results: dict[str, dict[str, Any]]) -> str:
+    """`page` with its marked parts renewed."""
+    texts = sections(results)
+    for name in parts:
+        page = replaced(page, name, texts[name])
     return page
 
 
-def main(readme: Path = README) -> int:
+def behind(results: dict[str, dict[str, Any]]) -> dict[Path, str]:
+    """Pages that do not show what was measured, with the text that they should have."""
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    return {path: new for path, old in pages.items() if (new := rendered(old, PAGES[path], results)) != old}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where the page is not up to date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is behind")
     check = parser.parse_args().check
-    page = readme.read_text()
-    new = rendered(page, load())
-    if check:
-        if new != page:
-            print(
-                "README.md does not show what benchmarks/results holds: run python -m benchmarks.render",
-                file=sys.stderr,
-            )
-        return int(new != page)
-    readme.write_text(new)
-    print(f"{readme.name}: {'renewed' if new != page else 'unchanged'}")
-    return 0
+    late = behind(load())
+    for path, text in late.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {'behind benchmarks/results' if check else 'renewed'}")
+    return int(check and bool(late))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def main() -> None:
                     value=statistics.median(times),
                     unit="s",
                     how=f"median of {len(times)} after 1",
+                    headline=True,
                 )
             )
     for row in rows:

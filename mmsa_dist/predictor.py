@@ -99,12 +99,19 @@ class Predictor:
         """task -> (B,) float32 predictions in label units; ``M`` is the answer.
 
         Raises:
-            DataError: an utterance lacks everything that the system reads, or has another width.
+            DataError: an utterance lacks everything that the system reads, has another width, or is answered with
+                what is no finite number.
         """
         for utterance in utterances:
             self.check(utterance)
         prediction = self.system(collate(utterances, self._spec).to(self.device))
-        return {task: values.detach().float().cpu().numpy() for task, values in prediction.tasks.items()}
+        answers = {task: values.float().cpu().numpy() for task, values in prediction.tasks.items()}
+        if len(wrong := np.flatnonzero(~np.isfinite(answers["M"]))):
+            raise DataError(
+                f"sample {utterances[wrong[0]].key!r}: the model's answer is {answers['M'][wrong[0]]}; "
+                "are its features extracted as those of the training data?"
+            )
+        return answers
 
     def check(self, utterance: Utterance) -> None:
         """Raises DataError where the system cannot read `utterance`."""
@@ -230,10 +237,13 @@ def _present(path: Path) -> Path:
     return path
 
 
+_LISTS = (list, tuple, np.ndarray)
+
+
 def _is_missing(value: Any) -> bool:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return True
-    return isinstance(value, list | tuple | np.ndarray) and len(value) == 0
+    return isinstance(value, _LISTS) and len(value) == 0
 
 
 def _shown(value: Any) -> str:
@@ -253,21 +263,24 @@ def _tokens(value: Any, key: str) -> np.ndarray:
 
 def _features(value: Any, key: str, name: str, width: int) -> np.ndarray:
     """(T, D) float32 from nested lists; one flat list is one step."""
-    rows = value if not isinstance(value, np.ndarray) else list(value)
-    if len(rows) and np.ndim(rows[0]) == 0:
+    if not isinstance(value, _LISTS):
+        raise DataError(f"sample {key!r}: {name} is {_shown(value)}, expected a list of steps of {width} numbers each")
+    rows = list(value)
+    if not isinstance(rows[0], _LISTS):
         rows = [rows]
     for step, row in enumerate(rows):
-        if np.ndim(row) != 1 if not isinstance(row, list) else False:
+        if not isinstance(row, _LISTS):
             raise DataError(f"sample {key!r}: {name} step {step} is {_shown(row)}, expected a list of {width} numbers")
         check_width(f"sample {key!r}, step {step}", name, len(row), width)
     try:
-        array = np.asarray(rows, dtype=np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is said below
+            array = np.asarray(rows, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"sample {key!r}: {name} holds what is not a number ({error}); expected T x {width} numbers"
+            f"sample {key!r}: {name} holds what is not a number ({error}); expected {width} a step"
         ) from error
     if array.ndim != 2:
-        raise DataError(f"sample {key!r}: {name} has {array.ndim} dimensions, expected 2: T steps x {width} numbers")
+        raise DataError(f"sample {key!r}: {name} has {array.ndim} dimensions, expected 2: steps x {width} numbers")
     if not np.isfinite(array).all():
         step, feature = np.argwhere(~np.isfinite(array))[0]
         raise DataError(

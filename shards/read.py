@@ -26,10 +26,12 @@ from shards.errors import DataError, TransientError
 from shards.index import Index
 from shards.tar import TENSORS, escape_key
 from shards.trust import Expected
-from shards.utterance import MODALITIES, Utterance
+from shards.utterance import Utterance
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
-_DIMENSIONS = {"text": 2, "audio": 2, "vision": 2, "tokens": 1}
+_FLOATS: dict[str, tuple[str, np.dtype[Any]]] = {
+    "float16": ("F16", np.dtype("<f2")),
+    "float32": ("F32", np.dtype("<f4")),
+}
 _MAX_HEADER = 1 << 14  # bytes; four tensors need about 300
 _MAX_JSON = 1 << 24
 _NAME = 100
@@ -117,98 +119,121 @@ class _Shard:
     def __init__(self, index: Index, shard_no: int) -> None:
         self._index = index
         self._path = index.tar_path(shard_no)
+        self._split = index.shards[shard_no].split
         size = index.shards[shard_no].bytes
         table = index.table(shard_no)
         try:
             table.validate(full=True)  # a damaged Arrow file must not send us outside its buffers
         except pa.ArrowException as error:
             raise DataError(f"{index.table_path(shard_no)}: damaged ({error}); copy it again or pack again") from error
-        self._keys = table.column("key").combine_chunks()
-        columns = {name: table.column(name).to_numpy() for name in table.column_names if name not in ("key", "split")}
-        self._offset, self._size = columns["offset"], columns["size"]
-        self._json_offset, self._json_size = columns["json_offset"], columns["json_size"]
-        self._labels = {task: columns[f"label_{task}"] for task in index.tasks}
-        self._lengths = {name: columns[f"length_{name}"] for name in MODALITIES} | {"tokens": columns["n_tokens"]}
-        self._split = index.shards[shard_no].split
-        for offset, length in ((self._offset, self._size), (self._json_offset, self._json_size)):
-            outside = np.flatnonzero((offset < 0) | (length < 0) | (length > size) | (offset > size - length))
-            if len(outside):
-                row = int(outside[0])
-                raise self._wrong(
-                    row, f"bytes {offset[row]} + {length[row]} in the table", f"a range within {size} bytes"
-                )
-        try:
-            with self._path.open("rb") as file:
-                # copy-on-write, not read-only: torch takes only writable arrays. What is written never reaches the file
-                self._data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except ValueError as error:  # it has shrunk since its size was checked; to map and touch it would be a SIGBUS
-            raise DataError(f"{self._path}: {error}, expected {size} bytes; copy it again or pack again") from error
-        except OSError as error:
-            raise TransientError(
-                f"{self._path}: cannot be mapped ({error.strerror}); see ulimit -n and free memory"
-            ) from error
+        # lists, a few hundred rows: one element of an Arrow or NumPy array costs more than all the parsing of a sample
+        rows = {name: table.column(name).to_pylist() for name in table.column_names if name != "split"}
+        self._keys: list[str] = rows["key"]
+        self._payloads = self._ranges(rows["offset"], rows["size"], size)
+        self._members = self._ranges(rows["json_offset"], rows["json_size"], size)
+        self._labels = {task: rows[f"label_{task}"] for task in index.tasks}
+        floats = _FLOATS[index.dtype]
+        self._tensors = [_Tensors(m, rows[f"length_{m}"], (d.width,), *floats) for m, d in index.modalities.items()]
+        self._tensors.append(_Tensors("tokens", rows["n_tokens"], (), "I32", np.dtype("<i4")))
+        self._data = self._mapped(size)
 
     def sample(self, row: int, with_text: bool) -> Utterance:
         arrays = self._arrays(row)
-        labels = {task: float(values[row]) for task, values in self._labels.items()}
         tokens = arrays.pop("tokens", None)
+        labels = ((task, values[row]) for task, values in self._labels.items())
         return Utterance(
-            key=self._key(row),
+            key=self._keys[row],
             split=self._split,
             modalities=arrays,
-            labels={task: label for task, label in labels.items() if not math.isnan(label)},
+            labels={task: label for task, label in labels if not math.isnan(label)},
             raw_text=self._text(row) if with_text and self._index.has_raw_text else None,
             tokens=tokens,
         )
 
-    def _arrays(self, row: int) -> dict[str, NDArray[Any]]:
-        """Views of the sample's tensors, by name, checked against the table and the index."""
-        offset, size = int(self._offset[row]), int(self._size[row])
-        # labels stand in the table, features in the tar: that they are the same sample's is worth a comparison
-        begin = offset - BLOCKSIZE
-        member, own = (
-            self._data[begin : begin + _NAME].rstrip(b"\0"),
-            (escape_key(self._key(row)) + TENSORS).encode()[:_NAME],
-        )
-        if member != own:
-            raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
+    def _ranges(self, offsets: list[int], sizes: list[int], end: int) -> list[tuple[int, int]]:
+        """Where members' payloads begin and end, all within the file."""
+        ranges = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+        for row, (first, last) in enumerate(ranges):
+            if not BLOCKSIZE <= first <= last <= end:
+                raise self._wrong(row, f"bytes {first} to {last} in the table", f"some of {BLOCKSIZE} to {end}")
+        return ranges
+
+    def _mapped(self, size: int) -> mmap.mmap:
         try:
-            tensors = _tensors(self._data, offset, size)
-        except _BadPayloadError as error:
-            raise self._wrong(row, f"its safetensors member has {error.found}", error.expected) from error
-        arrays = {}
-        for tensor in tensors:
-            arrays[tensor.name] = np.frombuffer(self._data, tensor.dtype, tensor.count, tensor.offset).reshape(
-                tensor.shape
-            )
-        for name, lengths in self._lengths.items():
-            array, expected = arrays.get(name), int(lengths[row])
-            found = 0 if array is None else len(array)
-            if found != expected:
-                raise self._wrong(row, f"{name} has {found} steps", f"the table's {expected}")
-            if array is not None and name != "tokens" and array.shape[1] != self._width(name):
-                raise self._wrong(row, f"{name} is {array.shape[1]} wide", f"the index's {self._width(name)}")
+            with self._path.open("rb") as file:
+                # copy-on-write, not read-only: torch takes only writable arrays. What is written never reaches the file
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except ValueError as error:  # it has shrunk since its size was checked; to map and touch it would be a SIGBUS
+            raise DataError(f"{self._path}: {error}, expected {size} bytes; copy it again or pack again") from error
+        except OSError as error:
+            raise TransientError(
+                f"{self._path}: cannot be mapped ({error.strerror}); see ulimit -n and the free memory"
+            ) from error
+
+    def _arrays(self, row: int) -> dict[str, NDArray[Any]]:
+        """Views of the sample's tensors, by name: exactly those that table and index announce."""
+        begin, header = self._header(row)
+        end = self._payloads[row][1]
+        arrays: dict[str, NDArray[Any]] = {}
+        for tensors in self._tensors:
+            steps = tensors.steps[row]
+            spec = header.pop(tensors.name, None)
+            if spec is None and not steps:
+                continue
+            try:
+                dtype, shape, (first, last) = spec["dtype"], spec["shape"], spec["data_offsets"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._wrong(
+                    row, f"{tensors.name} described as {spec!r}", "dtype, shape and data_offsets"
+                ) from error
+            if dtype != tensors.code or shape != [steps, *tensors.width]:
+                expected = f"{tensors.code} of shape {[steps, *tensors.width]}"
+                raise self._wrong(row, f"{tensors.name} is {dtype} of shape {shape}", expected)
+            size = math.prod(tensors.width) * steps * tensors.dtype.itemsize
+            if type(first) is not int or first < 0 or last != first + size or begin + last > end:
+                expected = f"{size} bytes within {end - begin}"
+                raise self._wrong(row, f"{tensors.name} is in bytes {first} to {last}", expected)
+            arrays[tensors.name] = np.ndarray((steps, *tensors.width), tensors.dtype, self._data, begin + first)
+        if header.keys() - {"__metadata__"}:
+            expected = f"at most {', '.join(tensors.name for tensors in self._tensors)}"
+            raise self._wrong(row, f"it has tensors called {', '.join(map(repr, header))}", expected)
         return arrays
 
-    def _key(self, row: int) -> str:
-        key: str = self._keys[row].as_py()
-        return key
+    def _header(self, row: int) -> tuple[int, dict[str, Any]]:
+        """Where the sample's numbers begin in the file, and the header: name -> dtype, shape, data_offsets.
 
-    def _width(self, modality: str) -> int:
-        known = self._index.modalities.get(modality)
-        return known.width if known else 0
+        The format of safetensors: 8 bytes with the header's length (little-endian), the header (JSON), the numbers;
+        https://github.com/huggingface/safetensors.
+        """
+        begin, end = self._payloads[row]
+        # labels stand in the table, features in the tar: that they are the same sample's is worth a comparison
+        member = self._data[begin - BLOCKSIZE : begin - BLOCKSIZE + _NAME].rstrip(b"\0")
+        own = (escape_key(self._keys[row]) + TENSORS).encode()[:_NAME]
+        if member != own:
+            raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
+        length = int.from_bytes(self._data[begin : begin + 8], "little")
+        limit = min(_MAX_HEADER, end - begin - 8)
+        if length > limit:
+            raise self._wrong(row, f"its tensors have a header of {length} bytes", f"at most {limit}")
+        try:
+            header = json.loads(str(self._data[begin + 8 : begin + 8 + length], "utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(row, f"its tensors' header does not parse ({error})", "JSON") from error
+        if not isinstance(header, dict):
+            raise self._wrong(row, f"its tensors' header is a {type(header).__name__}", "a JSON object")
+        return begin + 8 + length, header
 
     def _text(self, row: int) -> str | None:
         """The transcript in the sample's JSON member."""
-        offset, size = int(self._json_offset[row]), int(self._json_size[row])
-        if size > _MAX_JSON:
-            raise self._wrong(row, f"its JSON member has {size} bytes", f"at most {_MAX_JSON}")
+        first, last = self._members[row]
+        if last - first > _MAX_JSON:
+            raise self._wrong(row, f"its JSON member has {last - first} bytes", f"at most {_MAX_JSON}")
         try:
-            member = json.loads(self._data[offset : offset + size])
+            member = json.loads(self._data[first:last])
             key, text = member["key"], member.get("raw_text")
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise self._wrong(row, f"its JSON member does not parse ({error})", "an object with a key") from error
-        if key != self._key(row) or not isinstance(text, str | None):
+        if key != self._keys[row] or not isinstance(text, str | None):
             raise self._wrong(
                 row, f"its JSON member is of {key!r} with a text {type(text).__name__}", "the same key and a text"
             )
@@ -216,61 +241,24 @@ class _Shard:
 
     def _wrong(self, row: int, found: str, expected: str) -> DataError:
         return DataError(
-            f"{self._path}: sample {self._key(row)!r}: {found}, expected {expected}; the shard and its index "
+            f"{self._path}: sample {self._keys[row]!r}: {found}, expected {expected}; the shard and its index "
             f"disagree: run mmsa-dist verify {self._index.folder}, then copy the data set again or pack again"
         )
 
 
-class _BadPayloadError(Exception):
-    def __init__(self, found: str, expected: str) -> None:
-        super().__init__(found, expected)
-        self.found, self.expected = found, expected
-
-
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor in a file: `count` numbers at byte `offset`."""
+class _Tensors:
+    """What the table and the index say of one tensor of each sample.
+
+    Attributes:
+        name: in the safetensors header.
+        steps: T of each sample, 0 where it lacks the tensor.
+        width: the shape after T: (D,), or () for token ids.
+        code, dtype: the type of its numbers, as safetensors and as NumPy call it.
+    """
 
     name: str
+    steps: list[int]
+    width: tuple[int, ...]
+    code: str
     dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    count: int
-    offset: int
-
-
-def _tensors(data: mmap.mmap, offset: int, size: int) -> list[_Tensor]:
-    """The tensors of the safetensors payload at ``data[offset : offset + size]``.
-
-    The format: 8 bytes with the header's length (little-endian), the header (JSON: name -> dtype, shape, data_offsets),
-    the numbers; https://github.com/huggingface/safetensors.
-    """
-    if size < 8:
-        raise _BadPayloadError(f"{size} bytes", "at least 8")
-    length = int.from_bytes(data[offset : offset + 8], "little")
-    limit = min(_MAX_HEADER, size - 8)
-    if length > limit:
-        raise _BadPayloadError(f"a header of {length} bytes", f"at most {limit}")
-    begin = offset + 8 + length
-    try:
-        header = json.loads(data[offset + 8 : begin])
-        return [_tensor(name, spec, begin, offset + size) for name, spec in header.items() if name != "__metadata__"]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise _BadPayloadError(f"a header that does not parse ({error})", "a JSON object of tensors") from error
-
-
-def _tensor(name: str, spec: dict[str, Any], begin: int, end: int) -> _Tensor:
-    """One entry of a header, whose offsets count from `begin`; the payload ends at `end`."""
-    dimensions = _DIMENSIONS.get(name)
-    if dimensions is None:
-        raise _BadPayloadError(f"a tensor called {name!r}", f"some of {', '.join(_DIMENSIONS)}")
-    dtype = _DTYPES.get(spec["dtype"])
-    if dtype is None or (dtype.kind == "i") != (name == "tokens"):
-        raise _BadPayloadError(f"{name} of dtype {spec['dtype']}", "F16 or F32 (I32 for tokens)")
-    shape, (first, last) = tuple(spec["shape"]), spec["data_offsets"]
-    if len(shape) != dimensions or not all(type(n) is int and n >= 0 for n in (*shape, first, last)):
-        raise _BadPayloadError(f"{name} of shape {shape} at {first, last}", f"{dimensions} dimensions and two offsets")
-    count = math.prod(shape)
-    if first > last or begin + last > end or last - first != count * dtype.itemsize:
-        wanted = f"{count * dtype.itemsize} for its shape {shape}, within {end - begin}"
-        raise _BadPayloadError(f"{name} in bytes {first} to {last}", wanted)
-    return _Tensor(name, dtype, shape, count, begin + first)

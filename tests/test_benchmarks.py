@@ -33,26 +33,31 @@ def environment() -> dict[str, Any]:
 
 
 def test_nothing_measured_shows_nothing(results: Path) -> None:
-    page = render.rendered(PAGE, render.load())
+    parts = ("real", "figures")
+    page = render.rendered(PAGE, parts, render.load())
     assert page == PAGE.replace("\nold", "")
-    assert render.rendered(page, {}) == page
+    assert render.rendered(page, parts, {}) == page
 
 
 def test_a_figure_keeps_its_command_commit_and_bound(results: Path) -> None:
     rows = [
         Row("`--help` | quick", 0.1234, "s", "< 0.5 s", "median of 3", True),
-        Row("a rate", 12345.6, "samples/s"),
+        Row("a rate", 12345.6, "samples/s", headline=True),
+        Row("a detail", 5.0),
         Row("a miss", 1.0, "", "> 2", "", False),
     ]
     path = record("startup", rows, raw={"help": [0.1, 0.2]}, command="python -m benchmarks.startup")
     content = json.loads(path.read_text())
     assert content["raw"] == {"help": [0.1, 0.2]} and content["versions"]["torch"] and content["machine"]["cores"] >= 1
-    text = render.sections(render.load())["figures"]
-    source = "[`python -m benchmarks.startup`](benchmarks/results/startup.json)"
+    shown = render.sections(render.load())
+    text = shown["figures"]
+    source = "[startup](benchmarks/results/startup.json)"
     assert f"| `--help` \\| quick | 0.123 s | < 0.5 s | median of 3 | {source} |" in text
     assert "| a rate | 12,346 samples/s |" in text
     assert "| 1.00 | > 2 (**missed**) |" in text
     assert f"Commit {content['commit']}" in text and content["date"] in text
+    assert "python -m benchmarks.startup" in text and "a detail" not in text
+    assert "| a detail | 5.00 |" in shown["all"] and "| a rate | 12,346 samples/s |" in shown["all"]
     assert not list(results.glob("*.tmp"))
 
 

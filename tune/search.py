@@ -5,7 +5,6 @@ Imports Ray and Optuna; `tune.sweep` imports this when a sweep starts, not befor
 
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ REDUCTION = 3
 """ASHA: of the trials that reach a rung, the best third goes on."""
 
 
-def concurrency(launch: LaunchConfig, free_cpus: float, free_gpus: float, asked: int | None = None) -> int:
-    """How many trials fit into what is free at the same time, at most `asked`.
+def concurrency(launch: LaunchConfig, free_cpus: float, free_gpus: float) -> int:
+    """How many trials fit into what is free: min(free CPUs / (workers x CPUs), free GPUs / (workers x GPUs)).
 
     Raises:
         ConfigError: not even one.
@@ -51,8 +50,7 @@ def concurrency(launch: LaunchConfig, free_cpus: float, free_gpus: float, asked:
             f"one trial needs {need[kind]:g} {kind}s = {launch.workers} workers x {per_worker:g}, the Ray cluster has "
             f"{free[kind]:g} free; lower --workers, wait for other jobs, or name a larger cluster (--address)"
         )
-    possible = min(fits.values())
-    return possible if asked is None else min(asked, possible)
+    return min(fits.values())
 
 
 def search(space: Space, recipe: Recipe, folder: Path, *, trials: int, at_once: int, grace: int) -> None:
@@ -132,8 +130,6 @@ class Drawing(OptunaSearch):
             if not recipe.tracking.enabled:
                 raise
             remarks.print(f"{name} is not recorded in MLflow: {error}")
-            for unfinished in self.trials_dir.glob(f"{name}-*"):
-                shutil.rmtree(unfinished)
             tracking = recipe.tracking.model_copy(update={"enabled": False})
             return train.prepare(recipe.model_copy(update={"tracking": tracking}), index, self.trials_dir, name)
 

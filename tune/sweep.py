@@ -86,34 +86,25 @@ def sweep(space: Space, recipe: Recipe, options: Options) -> dict[str, Any]:
     name = options.name or f"sweep-{recipe.system.rpartition(':')[2]}"
     recipe = _stored_in(recipe, options.runs_dir)
     folder = train.prepare(recipe, index, options.runs_dir, name)
-    status = "FAILED"
-    try:
-        result = _run(space, recipe, folder, options)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if recipe.tracking.enabled and status != "FINISHED":
-            from mmsa_dist.tracking import end_run
-
-            end_run(folder, status)
-    return result
+    for part in ("events", "checkpoints", "predictions"):
+        (folder / part).rmdir()  # a sweep trains nothing itself
+    with train.ended(recipe, folder):
+        return _run(space, recipe, folder, options)
 
 
 def _run(space: Space, recipe: Recipe, folder: Path, options: Options) -> dict[str, Any]:
-    at_once = _connected(recipe, options)
     trials, epochs, monitor = options.trials, recipe.train.epochs, recipe.train.monitor
+    run_folder.write_text(folder / "space.yaml", Path(space.where).read_text(encoding="utf-8"))
+    at_once = _connected(recipe, options)
     grace = options.grace or max(1, -(-epochs // 4))
     from tune.search import search
     from tune.table import trials_table, write_csv
     from tune.watch import spare_disk
 
-    run_folder.write_text(folder / "space.yaml", Path(space.where).read_text(encoding="utf-8"))
     print(f"sweep {folder}")
     print(
-        f"{trials} trials, {min(at_once, trials)} at a time x {recipe.launch.workers} workers; "
-        f"{len(space.knobs)} values searched; at most {epochs} epochs, ASHA may stop a trial after {grace}",
+        f"{trials} trials over {len(space.knobs)} values, {min(at_once, trials)} at a time; "
+        f"at most {epochs} epochs each, ASHA may stop a trial after {min(grace, epochs)}",
         flush=True,
     )
     search(space, _for_trials(recipe, folder), folder, trials=trials, at_once=at_once, grace=grace)
@@ -137,10 +128,13 @@ def _connected(recipe: Recipe, options: Options) -> int:
     # with the dashboard off, Ray never frees what an early-stopped trial had reserved
     launch.connect(recipe, dashboard=True)
     free = ray.available_resources()
-    at_once = concurrency(recipe.launch, free.get("CPU", 0.0), free.get("GPU", 0.0), options.max_concurrent)
-    if options.max_concurrent is not None and at_once < options.max_concurrent:
-        print(f"--max-concurrent {options.max_concurrent}: only {at_once} trials fit into the cluster at once")
-    return at_once
+    cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+    fits = concurrency(recipe.launch, cpus, gpus)
+    if options.max_concurrent is not None and fits < options.max_concurrent:
+        print(
+            f"--max-concurrent {options.max_concurrent} is lowered to {fits}: {cpus:g} CPUs and {gpus:g} GPUs are free"
+        )
+    return min(fits, options.max_concurrent or fits)
 
 
 def _narrowed(space: Space, recipe: Recipe, overrides: list[str]) -> Space:
@@ -216,9 +210,10 @@ def _finish(best: Outcome, recipe: Recipe, folder: Path, trials: int) -> dict[st
     own = with_values(_for_trials(recipe, folder), {**best.values, "train.test": recipe.train.test}, "best.yaml")
     run_folder.write_text(best.folder / "recipe.yaml", yaml.safe_dump(own.dump(), sort_keys=False))
     (best.folder / "result.json").unlink(missing_ok=True)  # it has no test result yet
-    with Follower(best.folder, monitor):
-        result = launch.run(own, best.folder)  # goes on from the trial's last checkpoint
-    train.conclude(own, best.folder, result)
+    with train.ended(own, best.folder):
+        with Follower(best.folder, monitor):
+            result = launch.run(own, best.folder)  # goes on from the trial's last checkpoint
+        train.conclude(own, best.folder, result)
     run_folder.write_json(folder / "result.json", {"trial": best.number, "values": best.values, **result})
     if recipe.tracking.enabled:
         files = [folder / name for name in ("best.yaml", "trials.csv", "space.yaml")]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mmsa_dist.metrics import higher_is_better
 from mmsa_dist.report import LABELS, value_text
 from tune.outcome import Outcome
 from tune.space import Space
@@ -14,33 +15,35 @@ from tune.space import Space
 WIDE = 6
 """More searched values than this share one column."""
 
+SHOWN = 20
+"""Rows on the terminal; ``trials.csv`` has all."""
+
 
 def trials_table(outcomes: Sequence[Outcome], space: Space, monitor: str, best: Outcome | None) -> Table:
     """A trial a row, the best first, failed ones last; the best is marked."""
     knobs = [(knob.keys[0], _short(knob.name)) for knob in space.knobs]
+    wide = len(knobs) > WIDE
     table = Table("trial", title="trials", title_justify="left")
-    for _, name in knobs if len(knobs) <= WIDE else [("", "values")]:
-        table.add_column(name, overflow="fold")
-    table.add_column(f"valid {LABELS.get(monitor, monitor)}", justify="right")
-    table.add_column("best epoch", justify="right")
-    table.add_column("epochs", justify="right")
+    for _, name in [("", "values")] if wide else knobs:
+        table.add_column(name, overflow="fold", min_width=34 if wide else None)
+    for name in (f"valid {LABELS.get(monitor, monitor)}", "best at", "epochs"):
+        table.add_column(name, justify="right")
     table.add_column("status", overflow="fold")
     ranked = sorted(outcomes, key=lambda each: _rank(each, monitor))
-    for each in ranked:
+    for each in ranked[:SHOWN]:
         shown = [_text(each.values.get(key)) for key, _ in knobs]
-        cells = (
-            shown if len(knobs) <= WIDE else [" · ".join(f"{n} {v}" for (_, n), v in zip(knobs, shown, strict=True))]
-        )
-        status = each.status if each.error is None else f"{each.status}: {each.error}"
+        named = " · ".join(f"{name} {value}" for (_, name), value in zip(knobs, shown, strict=True))
         table.add_row(
             f"{each.number}{' *' if each == best else ''}",
-            *cells,
+            *([named] if wide else shown),
             value_text(monitor, each.best),
             str(each.best_epoch or "-"),
             str(each.epochs),
-            status,
+            each.status if each.error is None else f"{each.status}: {each.error}",
             style="bold" if each == best else "",
         )
+    if len(ranked) > SHOWN:
+        table.caption = f"and {len(ranked) - SHOWN} more in trials.csv"
     return table
 
 
@@ -68,8 +71,6 @@ def write_csv(outcomes: Sequence[Outcome], space: Space, monitor: str, path: Pat
 
 
 def _rank(outcome: Outcome, monitor: str) -> tuple[int, float, int]:
-    from mmsa_dist.metrics import higher_is_better
-
     if outcome.best is None:
         return (1, 0.0, outcome.number)
     return (0, -outcome.best if higher_is_better(monitor) else outcome.best, outcome.number)

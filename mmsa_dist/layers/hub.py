@@ -106,6 +106,12 @@ def load_tokenizer(encoder: str) -> Any:
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
         raise ConfigError(f"text.encoder: {encoder} has no fast tokenizer (tokenizer.json), which reading needs")
+    known, wanted = core.get_vocab_size(), encoder_config(encoder).vocab_size
+    if known < wanted // 2:  # a folder without one gives the architecture's own, empty but for special tokens
+        raise ConfigError(
+            f"text.encoder: {encoder}: its tokenizer knows {known} of the encoder's {wanted} tokens; "
+            "expected the tokenizer.json that belongs to the encoder"
+        )
     return core
 
 
@@ -136,11 +142,11 @@ def _ask_hub(name: str) -> None:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ConfigError(
-            f"text.encoder: the Hugging Face hub has no model {name!r}, and there is no such folder"
+            f"text.encoder: the Hugging Face hub has no model {name!r}, and there is no such folder; check the name"
         ) from error
     except OfflineModeIsEnabled as error:
         raise ConfigError(
-            f"text.encoder: {name!r} is not in the local cache and HF_HUB_OFFLINE is set; give a local folder"
+            f"text.encoder: {name!r} is not in the local cache and HF_HUB_OFFLINE is set; give the model's local folder"
         ) from error
     except Exception as error:  # the hub's client has its own zoo of network errors
         raise TransientError(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FORMS = "models:/NAME@alias, models:/NAME/VERSION, runs:/RUN_ID or the folder of a run"
+LOGGED = r"models:/(m-[0-9a-f]{32})"
 INSIDE = "artifacts/model"
 """Where a logged model keeps its model folder."""
 
@@ -44,10 +45,10 @@ def fetched(model: str, tracking_uri: str | None, runs_dir: Path) -> Iterator[Pa
         )
     client = store.connect(uri)
     with store.said(uri):
-        logged = _logged_model(client, model)
+        location = _location(client, model)
     with tempfile.TemporaryDirectory(prefix="mmsa-") as scratch:
         with store.said(uri):
-            folder = _download(uri, logged, scratch)
+            folder = _download(uri, model, location, scratch)
         yield folder
 
 
@@ -58,12 +59,12 @@ def _folder(model: str) -> Path:
     raise ConfigError(f"model {model!r} is neither a folder nor a name in the registry; give {FORMS}")
 
 
-def _logged_model(client: "MlflowClient", model: str) -> str:
-    """``models:/<model id>`` of what `model` names."""
-    if (found := re.fullmatch(r"models:/(m-[0-9a-f]{32})", model)) is not None:
-        return model
+def _location(client: "MlflowClient", model: str) -> str:
+    """Where the files of the logged model are that `model` names."""
+    if (found := re.fullmatch(LOGGED, model)) is not None:
+        return _files_of(client, found[1])
     if (found := re.fullmatch(r"runs:/([^/]+)(/model)?/?", model)) is not None:
-        return _of_run(client, found[1])
+        return _files_of(client, _model_of_run(client, found[1]))
     if (found := re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)) is None:
         raise ConfigError(f"model {model!r} is not a model's name; give {FORMS}")
     name, alias, version = found.groups()
@@ -71,19 +72,22 @@ def _logged_model(client: "MlflowClient", model: str) -> str:
     if alias is not None:
         aliases: dict[str, Any] = dict(registered.aliases)
         if alias not in aliases:
-            known = (
-                nearest(alias, aliases)
-                if aliases
-                else " (it has none: train with --alias, or give models:/NAME/VERSION)"
+            none = " (it has none: train with --alias, or give models:/NAME/VERSION)"
+            raise ConfigError(
+                f"registered model {name!r} has no alias {alias!r}{nearest(alias, aliases) if aliases else none}"
             )
-            raise ConfigError(f"registered model {name!r} has no alias {alias!r}{known}")
         version = str(aliases[alias])
     versions = {str(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
     if version not in versions:
         there = ", ".join(sorted(versions, key=int)) or "none"
         raise ConfigError(f"registered model {name!r} has no version {version} (versions: {there})")
-    source = versions[version]
-    return f"models:/{source.model_id}" if source.model_id else str(source.source)
+    source = str(versions[version].source)
+    logged = re.fullmatch(LOGGED, source)
+    return _files_of(client, logged[1]) if logged else source
+
+
+def _files_of(client: "MlflowClient", model_id: str) -> str:
+    return str(client.get_logged_model(model_id).artifact_location)
 
 
 def _registered(client: "MlflowClient", name: str) -> Any:
@@ -99,7 +103,7 @@ def _registered(client: "MlflowClient", name: str) -> Any:
         raise ConfigError(f"the registry has no model {name!r}{known}") from error
 
 
-def _of_run(client: "MlflowClient", run_id: str) -> str:
+def _model_of_run(client: "MlflowClient", run_id: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -111,21 +115,25 @@ def _of_run(client: "MlflowClient", run_id: str) -> str:
     outputs = run.outputs.model_outputs if run.outputs else []
     if not outputs:
         raise ConfigError(f"run {run_id!r} logged no model ({run.info.status.lower()}); give a run that finished")
-    return f"models:/{outputs[-1].model_id}"
+    return str(outputs[-1].model_id)
 
 
-def _download(uri: str, logged: str, scratch: str) -> Path:
+def _download(uri: str, model: str, location: str, scratch: str) -> Path:
+    """The model folder, in `scratch` or where it lies on this machine."""
     import mlflow
 
     try:
-        root = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{logged}/{INSIDE}", dst_path=scratch, tracking_uri=uri
+        folder = Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/{INSIDE}", dst_path=scratch, tracking_uri=uri
+            )
         )
-    except OSError as error:
+    except (OSError, mlflow.MlflowException) as error:
+        reason = " ".join(str(error).split())[:200]
         raise TransientError(
-            f"{logged}: its files cannot be fetched from {store.shown(uri)} ({error}); try again"
+            f"model {model!r}: its files cannot be fetched from {store.shown(location)} ({reason}); try again; "
+            "if mmsa-dist train did not log it, give another model"
         ) from error
-    folder = Path(root)
     if not (folder / "data.json").is_file():
-        raise ConfigError(f"{logged} was not logged by mmsa-dist train: it holds no {INSIDE}/data.json; give {FORMS}")
+        raise ConfigError(f"model {model!r} was not logged by mmsa-dist train (no data.json in it); give {FORMS}")
     return folder

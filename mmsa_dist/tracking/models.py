@@ -209,11 +209,11 @@ def _load_test(uri: str, request: "pd.DataFrame", expected: np.ndarray) -> None:
 
 
 def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe, uri: str, name: str) -> str:
-    import mlflow
+    """A new version of `name` from the logged model `uri`; gives its number."""
+    from mlflow.exceptions import MlflowException
 
     result = run_folder.read_json(run_dir / "result.json")
     card = DataCard.load(run_dir)
-    run = client.get_run(link.run_id)
     tags = {
         "system": recipe.system,
         "data": card.name,
@@ -223,13 +223,16 @@ def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe,
         "run_dir": run_dir.name,
         **{f"valid.{metric}": repr(value) for metric, value in result["valid"].items() if value is not None},
     }
-    if commit := run.data.tags.get("mlflow.source.git.commit"):
+    if commit := client.get_run(link.run_id).data.tags.get("mlflow.source.git.commit"):
         tags["code.commit"] = commit
-    with _global_store(link.uri):
-        version = str(mlflow.register_model(uri, name, tags=tags).version)
-    client.update_model_version(
-        name, version, description=model_card(result, card, recipe, f"models:/{name}/{version}")
-    )
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))
+    version = str(made.version)
+    client.update_model_version(name, version, model_card(result, card, recipe, f"models:/{name}/{version}"))
     return version
 
 

@@ -30,6 +30,9 @@ PARAMS_PER_CALL = 100
 VALUE_LENGTH = 6000
 """MLflow's limits."""
 
+CODE = Path(__file__).resolve().parents[2]
+"""The checkout that this code runs from, where it is one."""
+
 ARTIFACTS = ("recipe.yaml", "plan.json", "environment.json", "data.json", "result.json")
 
 
@@ -149,8 +152,8 @@ def experiment(client: "MlflowClient", uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def git_tags(root: Path = Path(__file__).resolve().parents[2]) -> dict[str, str]:
-    """Commit of the checkout at `root` (this code's) and whether it was changed since; empty where it is none."""
+def git_tags(root: Path) -> dict[str, str]:
+    """Commit of the checkout at `root` and whether it was changed since; empty where it is none."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
@@ -230,5 +233,5 @@ def _tags(recipe: Recipe, card: DataCard, command: list[str]) -> dict[str, str]:
         "data.synthetic": str(card.synthetic).lower(),
         **{f"version.{name}": found for name, found in environment["packages"].items() if found},
         "version.python": environment["python"],
-        **git_tags(),
+        **git_tags(CODE),
     }

@@ -10,6 +10,7 @@ Shapes: N rows of the npz, T steps, D width, S steps of all utterances together.
 """
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,21 +28,20 @@ class Arrays:
     def __init__(self, path: Path, columns: Columns) -> None:
         self._path = path
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise ValueError("a single array")
+            archive = np.load(path, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            with archive:
                 self._names = list(archive.files)
-                self._rows = {
-                    str(value): row for row, value in enumerate(self._array(archive, columns.id_array, "--id-array"))
-                }
-                count = len(archive[columns.id_array])
-                if len(self._rows) != count:
-                    raise DataError(f"{path}: {columns.id_array} names {count - len(self._rows)} ids more than once")
+                ids = self._array(archive, columns.id_array, "--id-array")
+                self._rows = {str(value): row for row, value in enumerate(ids)}
+                if len(self._rows) != len(ids):
+                    raise DataError(f"{path}: {columns.id_array} names {len(ids) - len(self._rows)} ids more than once")
                 wanted = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
-                self._sequences = {m: self._sequence(archive, m, wanted[m], count) for m in MODALITIES if wanted[m]}
+                self._sequences = {m: self._sequence(archive, m, wanted[m], len(ids)) for m in MODALITIES if wanted[m]}
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; expected an .npz of features") from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: cannot be read as an .npz without pickled objects: {error}") from error
         self.widths = {m: int(values.shape[-1]) for m, (values, _, _) in self._sequences.items()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from mmsa_dist.config import Strict
 from mmsa_dist.systems import DataSpec, System
 from shards.batch import Batch, pad
-from shards.utterance import UNIMODAL_TASK
 
 WIDTHS = {"text": 7, "audio": 5, "vision": 4}
 TASKS = ("M", "T", "A", "V")
@@ -127,8 +126,6 @@ def alternatives(config: type[Strict], name: str) -> list[Any]:
     if isinstance(now, float):
         return [now + 0.3]
     if isinstance(now, str):
-        from typing import get_args
-
         return [value for value in get_args(config.model_fields[name].annotation) if value != now]
     assert now is None, f"{name}: say here how a {type(now).__name__} is changed"
     return [("text",)]
@@ -136,6 +133,3 @@ def alternatives(config: type[Strict], name: str) -> list[Any]:
 
 def loss_of(system: System, batch: Batch) -> Tensor:
     return system.loss(system(batch), batch, targets_of(batch)).total
-
-
-__all__ = ["TASKS", "UNIMODAL_TASK", "WIDTHS", "alternatives", "build", "loss_of", "make_batch", "padded", "ragged", "rows", "spec_for", "targets_of"]

@@ -1,10 +1,12 @@
 """One MLflow database, one server and a few tiny trained runs for all tests of tracking, serving and prediction."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -100,7 +102,7 @@ class Process:
     """
 
     def __init__(self, arguments: list[str], port: int, health: str, folder: Path, **environment: str) -> None:
-        self.uri = f"http://127.0.0.1:{port}"
+        self.port, self.uri = port, f"http://127.0.0.1:{port}"
         self._log = folder / f"server-{port}.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -139,12 +141,58 @@ class Process:
                 self._process.wait()
 
 
-def tracking_server(folder: Path, port: int) -> Process:
-    """A real tracking server over the database in `folder`."""
-    store = [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
-    return Process(["server", *store, "--workers", "1"], port, "/health", folder)
+class Wire:
+    """A port that leads to another one, and can be cut: what a server that goes down and comes back looks like."""
+
+    def __init__(self, target: int) -> None:
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._target = target
+        self._open: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                return
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                sink.sendall(piece)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Process]:
+    """A real tracking server with a database and artifacts of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    port = free_port()
+    # without the job runner, which is a second process that nothing here needs
+    process = Process(
+        ["server", *stores, "--workers", "1"], port, "/health", folder, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"
+    )
+    yield process
+    process.close()

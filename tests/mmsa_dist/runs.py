@@ -145,3 +145,25 @@ def _evaluate(run: Path, system: torch.nn.Module, loader: Loader, index: Index, 
     truth, predicted = torch.cat(y).numpy(), torch.cat(p).numpy()
     np.savez(run / "predictions" / f"{split}.npz", numbers=torch.cat(numbers), key=np.array(keys), y=truth, p=predicted)
     return evaluate(kind_for(index.label_range), truth, predicted)
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT with 16 hidden units and a word-piece tokenizer, as a Hugging Face folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "really", "not"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    shape = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,  # its weights stay random: they must make a difference between texts
+    )
+    torch.manual_seed(0)
+    BertModel(shape).save_pretrained(folder)
+    return folder

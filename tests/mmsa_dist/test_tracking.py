@@ -9,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -19,7 +20,8 @@ from mmsa_dist.run_folder import read_events
 from mmsa_dist.tracking import NullTracker, end_run, finish_run, open_run, open_tracker, store
 from mmsa_dist.tracking.tracker import LINK, SPILL, Link, MlflowTracker, replay
 from shards.index import Index
-from tests.mmsa_dist.conftest import Tracked, free_port, tracking_server
+from tests.mmsa_dist import runs
+from tests.mmsa_dist.conftest import Process, Tracked, Wire, free_port
 
 
 @pytest.fixture
@@ -159,7 +161,9 @@ def test_git_state_is_recorded_where_the_code_is_a_checkout(tmp_path: Path) -> N
 
     def git(*words: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *words], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     assert run.git_tags(tmp_path) == {}
@@ -206,7 +210,7 @@ def test_a_deleted_experiment_is_said(runs_dir: Path, trained: tuple[Path, Recip
     client = client_of(runs_dir)
     client.delete_experiment(client.create_experiment("gone"))
     folder, recipe = described(runs_dir, trained, experiment="gone")
-    with pytest.raises(ConfigError, match="was deleted.*restore"):
+    with pytest.raises(ConfigError, match=r"was deleted.*restore"):
         open_run(folder, recipe)
 
 
@@ -289,35 +293,50 @@ def test_a_database_of_another_machine_is_not_made_here(tmp_path: Path) -> None:
 
 
 def test_a_server_that_goes_down_and_comes_back_has_every_epoch(
-    tmp_path: Path, runs_dir: Path, trained: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Process, trained: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmsa_dist.tracking.tracker.RETRY_EVERY", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    port = free_port()
-    server = tracking_server(runs_dir, port)
-    try:
-        folder, recipe = described(runs_dir, trained, uri=server.uri)
-        run_id = open_run(folder, recipe)
-        tracker = open_tracker(folder)
+    wire = Wire(server.port)
+    folder, recipe = described(tmp_path, trained, uri=wire.uri)
+    run_id = open_run(folder, recipe)
+    client = MlflowClient(server.uri)
+
+    def losses() -> list[tuple[int, float]]:
+        return sorted((m.step, m.value) for m in client.get_metric_history(run_id, "train_loss"))
+
+    with open_tracker(folder) as tracker:
         tracker.epoch({"train_loss": 3.0}, 1)
-        wait_for(lambda: client_of(runs_dir).get_metric_history(run_id, "train_loss"))
-    finally:
-        server.close()
-    tracker.epoch({"train_loss": 2.0}, 2)
-    tracker.epoch({"train_loss": 1.0}, 3)
-    wait_for(lambda: (folder / SPILL).is_file() and '"step": 3' in (folder / SPILL).read_text())
-    tracker.__exit__(None, None, None)
-    server = tracking_server(runs_dir, port)
-    try:
-        client = MlflowClient(server.uri)
-        assert replay(client, run_id, folder / SPILL) >= 2
-        assert not (folder / SPILL).exists()
-        history = client.get_metric_history(run_id, "train_loss")
-        assert sorted((metric.step, metric.value) for metric in history) == [(1, 3.0), (2, 2.0), (3, 1.0)]
-        end_run(folder)
-        assert client.get_run(run_id).info.status == "FAILED"
-    finally:
-        server.close()
+        wait_for(lambda: losses() == [(1, 3.0)])
+        wire.cut()
+        tracker.epoch({"train_loss": 2.0}, 2)
+        wait_for(lambda: (folder / SPILL).is_file() and '"train_loss": 2.0' in (folder / SPILL).read_text())
+        wire.mend()
+        tracker.epoch({"train_loss": 1.0}, 3)
+    assert losses() == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert not (folder / SPILL).exists()
+    end_run(folder)
+    assert client.get_run(run_id).info.status == "FAILED"
+    wire.cut()
+
+
+def test_the_whole_way_over_a_server(tmp_path: Path, server: Process, index: Index) -> None:
+    """Open, train, register, fetch: files travel over HTTP."""
+    from mmsa_dist.predictor import Predictor
+    from mmsa_dist.tracking.fetch import fetched
+
+    folder, recipe = runs.trained(
+        tmp_path, index, tracking={"uri": server.uri, "alias": ["best"], "experiment": "whole"}
+    )
+    open_run(folder, recipe)
+    published = finish_run(folder, recipe)
+    assert published is not None and published.aliases == ("best",)
+    with fetched("models:/self_mm@best", server.uri, tmp_path) as model:
+        there, here = Predictor.load(model), Predictor.load(folder)
+        record = here.example()
+        for task, values in here.predict([here.utterance(record, "a")]).items():
+            np.testing.assert_array_equal(there.predict([there.utterance(record, "a")])[task], values)
+    assert not model.exists()  # what was fetched is gone again
 
 
 def test_what_was_spilled_is_sent_once_at_the_end(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
@@ -348,7 +367,9 @@ def test_epochs_that_a_killed_rank_took_with_it_are_taken_from_its_events(
     assert client_of(runs_dir).search_registered_models() == []
 
 
-def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     Link(f"http://127.0.0.1:{free_port()}", "run", "experiment", "1").save(tmp_path)
     end_run(tmp_path)
     assert "could not be recorded" in caplog.text
@@ -368,4 +389,3 @@ def wait_for(condition: object, seconds: float = 60) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-

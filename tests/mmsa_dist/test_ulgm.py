@@ -17,6 +17,7 @@ from torch import Tensor
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.label_generators import ulgm as ulgm_module
+from mmsa_dist.label_generators.base import join_step
 from mmsa_dist.systems.base import Prediction
 from shards.batch import Batch
 from tests.mmsa_dist.ulgm_reference import WIDTHS, Reference, Run, same, ulgm
@@ -216,6 +217,13 @@ def test_a_sample_seen_twice_in_a_batch_counts_once() -> None:
     assert same(once.state_dict(), twice.state_dict())
 
 
+def test_filler_takes_no_part_though_its_sample_is_not_in_the_batch() -> None:
+    generator = two_samples()
+    before = generator.state_dict()
+    generator.observe(2, [one(0, weight=[0])], [says([0.5], [1.0])])
+    assert same(before, generator.state_dict())
+
+
 def test_an_absent_modality_takes_no_part() -> None:
     generator = two_samples()
     before = generator.state_dict()
@@ -375,6 +383,24 @@ def on_ranks(run: Run, accumulation: int, epochs: range, state: State | None = N
             generator.observe(epoch, *seen)
         generator.end_epoch()
     return generator.state_dict()
+
+
+def joined(run: Run, accumulation: int) -> list[tuple[list[int], list[bool], Tensor]]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    steps = [join_step(*seen, run.widths, torch.device("cpu")) for seen in run.steps(1, rank, world, accumulation)]
+    return [(step.numbers.tolist(), step.real.tolist(), step.features["T"]) for step in steps]
+
+
+def test_ranks_join_their_rows_in_the_order_of_the_global_batch(ranks: Ranks) -> None:
+    run = Run(samples=11, seed=4, global_batch=6)
+    for steps in ranks(joined, 2, run, 2):
+        assert len(steps) == 2
+        for step, (numbers, real, features) in enumerate(steps):
+            batch = run.plan(1).step(step).tolist()
+            filler = 8 - len(batch)  # up to 2 ranks x 2 micro-batches x 2 samples
+            assert numbers == batch + batch[:1] * filler
+            assert real == [True] * len(batch) + [False] * filler
+            assert np.array_equal(features.numpy(), run.features(1, "T")[numbers])
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 3), (2, 1), (2, 2), (4, 1)])

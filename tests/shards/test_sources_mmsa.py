@@ -1,0 +1,383 @@
+"""The MMSA feature pickle in all its variants: the same samples whatever the container."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from shards.index import Index
+from shards.sources.clean import Cleaner
+from shards.sources.mmsa import MmsaSource
+from shards.utterance import SPLITS, Utterance
+from shards.write import pack
+from tests.shards.pickles import WIDTHS, content, written
+
+
+def read(path: Path, **options: Any) -> dict[str, list[Utterance]]:
+    source = MmsaSource(path, **options)
+    return {split: [source.read(split, n) for n in range(count)] for split, count in source.counts.items()}
+
+
+def refused(folder: Path, data: Any, **options: Any) -> str:
+    path = written(folder, data)
+    with pytest.raises(DataError) as caught:
+        pack(MmsaSource(path, **options), folder / "set")
+    assert str(path) in str(caught.value)
+    assert [p.name for p in folder.iterdir()] == [path.name]
+    return str(caught.value)
+
+
+# --- what is read
+
+
+def test_unaligned(tmp_path: Path) -> None:
+    data = content()
+    found = read(written(tmp_path, data))
+    for split, samples in found.items():
+        raw = data[split]
+        assert [u.key for u in samples] == raw["id"]
+        for n, u in enumerate(samples):
+            steps = {
+                "text": int(raw["text_bert"][n, 1].sum()),
+                "audio": raw["audio_lengths"][n],
+                "vision": raw["vision_lengths"][n],
+            }
+            assert list(u.modalities) == ["text", "audio", "vision"]
+            for name, length in steps.items():
+                np.testing.assert_array_equal(u.modalities[name], raw[name][n, :length])
+                assert u.modalities[name].dtype == np.float32
+            np.testing.assert_array_equal(u.tokens, raw["text_bert"][n, 0, : steps["text"]])
+            assert u.tokens is not None and u.tokens.dtype == np.int32
+            assert u.raw_text == f"words of {split} {n}"
+            assert u.labels == {"M": pytest.approx(raw["regression_labels"][n])}
+
+
+def test_aligned_modalities_have_one_length_though_their_edges_are_silent(tmp_path: Path) -> None:
+    data = content(aligned=True)
+    for split, samples in read(written(tmp_path, data)).items():
+        for n, u in enumerate(samples):
+            length = int(data[split]["text_bert"][n, 1].sum())
+            assert {len(values) for values in u.modalities.values()} == {length}
+            for name, values in u.modalities.items():
+                np.testing.assert_array_equal(values, data[split][name][n, :length])
+            assert not u.modalities["audio"][-1].any()  # [SEP]: a real step
+
+
+def test_without_mask_or_lengths_trailing_zeros_are_padding(tmp_path: Path) -> None:
+    data = content()
+    before = read(written(tmp_path, data))
+    for raw in data.values():
+        for key in ("text_bert", "audio_lengths", "vision_lengths"):
+            del raw[key]
+    found = read(written(tmp_path, data))
+    for split, samples in found.items():
+        for u, original in zip(samples, before[split], strict=True):
+            assert u.tokens is None
+            for name, values in u.modalities.items():
+                np.testing.assert_array_equal(values, original.modalities[name])
+
+
+def test_aligned_without_a_mask_takes_the_longest_modality(tmp_path: Path) -> None:
+    data = content(aligned=True)
+    for raw in data.values():
+        lengths = raw.pop("text_bert")[:, 1].sum(-1)
+        raw["text"][np.arange(len(lengths)), lengths - 1] = 0  # text's last step is silent too
+        raw["audio"][np.arange(len(lengths)), lengths - 1] = 1
+    for split, samples in read(written(tmp_path, data)).items():
+        for u, row in zip(samples, data[split]["audio"], strict=True):
+            length = int(np.flatnonzero(row.any(-1))[-1]) + 1
+            assert {len(values) for values in u.modalities.values()} == {length}
+
+
+def as_lists(raw: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, np.ndarray) and k not in WIDTHS else v for k, v in raw.items()} | {
+        name: [np.array(sample) for sample in raw[name]] for name in WIDTHS
+    }
+
+
+def as_objects(raw: dict[str, Any]) -> dict[str, Any]:
+    def objects(values: Any) -> np.ndarray:
+        out = np.empty(len(values), dtype=object)
+        out[:] = list(values)
+        return out
+
+    return {**raw, **{name: objects(raw[name]) for name in (*WIDTHS, "raw_text", "id", "regression_labels")}}
+
+
+VARIANTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "float64": lambda raw: {**raw, **{name: raw[name].astype(np.float64) for name in WIDTHS}},
+    "big endian": lambda raw: {**raw, **{name: raw[name].astype(">f4") for name in WIDTHS}},
+    "fortran order": lambda raw: {**raw, **{name: np.asfortranarray(raw[name]) for name in WIDTHS}},
+    "lists": as_lists,
+    "object arrays": as_objects,
+    "float text_bert": lambda raw: {**raw, "text_bert": raw["text_bert"].astype(np.float32)},
+    "length arrays": lambda raw: {**raw, "audio_lengths": np.array(raw["audio_lengths"])},
+    "id array": lambda raw: {**raw, "id": np.array(raw["id"])},
+    "byte strings": lambda raw: {**raw, "id": [key.encode() for key in raw["id"]]},
+    "column labels": lambda raw: {**raw, "regression_labels": raw["regression_labels"].astype(np.float64)[:, None]},
+    "numpy scalars": lambda raw: {**raw, "regression_labels": list(raw["regression_labels"])},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_container_gives_the_same_samples(tmp_path: Path, variant: str) -> None:
+    data = content(unimodal=True)
+    plain = read(written(tmp_path, data))
+    same = read(written(tmp_path, {split: VARIANTS[variant](raw) for split, raw in data.items()}))
+    for split in SPLITS:
+        for one, other in zip(plain[split], same[split], strict=True):
+            assert (one.key, one.raw_text) == (other.key, other.raw_text)
+            assert one.labels == other.labels
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            for name, values in one.modalities.items():
+                np.testing.assert_array_equal(values, other.modalities[name])
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("numpy_modules", [b"numpy._core", b"numpy.core"])
+def test_pickles_of_every_protocol_and_numpy(tmp_path: Path, protocol: int, numpy_modules: bytes) -> None:
+    data = content()
+    path = written(tmp_path, data, protocol=protocol)
+    plain = path.read_bytes()
+    if protocol < 4:  # names are not length-prefixed, so they can be replaced
+        assert b"numpy._core" in plain
+        path.write_bytes(plain.replace(b"numpy._core", numpy_modules))
+    elif numpy_modules == b"numpy.core":
+        length, other = len(b"numpy._core.multiarray"), len(b"numpy.core.multiarray")
+        named = bytes([0x8C, length]) + b"numpy._core.multiarray"
+        path.write_bytes(unframed(plain).replace(named, bytes([0x8C, other]) + b"numpy.core.multiarray"))
+    assert [u.key for u in read(path)["test"]] == data["test"]["id"]
+
+
+def unframed(data: bytes) -> bytes:
+    """A protocol 4 or 5 pickle without frames, whose lengths a changed name would make wrong."""
+    import pickletools
+
+    out, positions = bytearray(), [(op.name, pos) for op, _, pos in pickletools.genops(data)]
+    for (name, start), (_, end) in zip(positions, [*positions[1:], ("", len(data))], strict=True):
+        if name != "FRAME":
+            out += data[start:end]
+    return bytes(out)
+
+
+def test_ragged_lists_have_no_padding_to_strip(tmp_path: Path) -> None:
+    data = content()
+    for raw in data.values():
+        raw["audio"] = [values[:n].copy() for values, n in zip(raw["audio"], raw.pop("audio_lengths"), strict=True)]
+        raw["audio"][0] = np.zeros((3, WIDTHS["audio"]), np.float32)  # silence, but three real steps of it
+    found = read(written(tmp_path, data))
+    assert found["train"][0].modalities["audio"].shape == (3, WIDTHS["audio"])
+    np.testing.assert_array_equal(found["test"][2].modalities["audio"], data["test"]["audio"][2])
+
+
+def test_sims_has_unimodal_labels_and_its_range(tmp_path: Path) -> None:
+    data = content(unimodal=True)
+    source = MmsaSource(written(tmp_path, data))
+    assert source.tasks == ("M", "T", "A", "V")
+    assert source.label_range == (-1.0, 1.0)
+    labels = source.read("valid", 3).labels
+    assert labels["A"] == pytest.approx(data["valid"]["regression_labels_A"][3])
+
+
+def test_a_modality_may_be_absent_from_the_whole_file(tmp_path: Path) -> None:
+    data = content()
+    for raw in data.values():
+        del raw["vision"], raw["vision_lengths"]
+    index, _ = pack(MmsaSource(written(tmp_path, data)), tmp_path / "set")
+    assert list(index.modalities) == ["text", "audio"]
+    without, _ = pack(MmsaSource(written(tmp_path, content()), modalities=["audio"]), tmp_path / "audio")
+    assert list(without.modalities) == ["audio"]
+
+
+def packed(folder: Path, data: Any) -> tuple[Index, list[str]]:
+    return pack(MmsaSource(written(folder, data)), folder / "set")
+
+
+def test_non_finite_values_are_zeroed_counted_and_reported(tmp_path: Path) -> None:
+    data = content()
+    data["train"]["audio"][2, 0, :3] = [np.nan, np.inf, -np.inf]
+    data["test"]["audio"] = data["test"]["audio"].astype(np.float64)
+    data["test"]["audio"][0, 0, 0] = 1e300  # infinite in float32
+    source = MmsaSource(written(tmp_path, data))
+    index, notes = pack(source, tmp_path / "set")
+    assert index.non_finite == {"text": 0, "audio": 4, "vision": 0}
+    assert "audio: 4 values were NaN or infinite; zeroed" in notes
+    clean = Cleaner(source).clean(source.read("train", 2)).modalities["audio"]
+    np.testing.assert_array_equal(clean[0, :3], 0)
+    np.testing.assert_array_equal(clean[0, 3:], data["train"]["audio"][2, 0, 3:])
+
+
+def test_a_sample_without_a_step_or_a_finite_value_lacks_the_modality(tmp_path: Path) -> None:
+    data = content()
+    data["train"]["audio_lengths"][1] = 0
+    data["train"]["vision"][5] = np.nan
+    index, notes = packed(tmp_path, data)
+    rows = {row["key"]: row for n in index.shards_of("train") for row in index.table(n).to_pylist()}
+    assert rows[data["train"]["id"][1]]["length_audio"] == 0
+    assert rows[data["train"]["id"][1]]["length_text"] > 0
+    assert rows[data["train"]["id"][5]]["length_vision"] == 0
+    assert "audio: 1 samples have none; marked absent" in notes
+    assert "vision: 1 samples have none; marked absent" in notes
+
+
+def test_lengths_beyond_the_padding_are_cut_and_reported(tmp_path: Path) -> None:
+    data = content()
+    data["train"]["audio_lengths"][0] = 900
+    index, notes = packed(tmp_path, data)
+    assert index.modalities["audio"].max_length == data["train"]["audio"].shape[1]
+    assert "audio: 1 samples say they are longer than the steps that are there; taken as they are" in notes
+
+
+def test_its_name_is_the_sets_and_its_origin_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "MOSI" / "Processed"
+    folder.mkdir(parents=True)
+    path = written(folder, content()).rename(folder / "unaligned_50.pkl")
+    index, _ = pack(MmsaSource(path), tmp_path / "set")
+    assert index.name == "mosi-unaligned_50"
+    assert index.source["file"] == "unaligned_50.pkl"
+    assert not index.synthetic
+
+
+def test_to_predict_one_split_without_labels_will_do(tmp_path: Path) -> None:
+    data = {"test": content()["test"]}
+    del data["test"]["regression_labels"]
+    source = MmsaSource(written(tmp_path, data), strict=False)
+    assert (source.counts, source.tasks) == ({"test": 5}, ())
+    assert source.read("test", 4).labels == {}
+
+
+# --- law 9
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_missing_split(tmp_path: Path, split: str) -> None:
+    data = content()
+    del data[split]
+    assert f"{split} is missing; a training set needs train, valid, test" in refused(tmp_path, data)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_empty_split(tmp_path: Path, split: str) -> None:
+    data = content()
+    data[split] = {key: value[:0] for key, value in data[split].items()}
+    assert f"{split} is empty: it has no samples" in refused(tmp_path, data)
+
+
+@pytest.mark.parametrize("key", ["id", "regression_labels"])
+def test_a_missing_key_names_the_nearest(tmp_path: Path, key: str) -> None:
+    data = content()
+    data["valid"][f"{key}s"] = data["valid"].pop(key)
+    said = refused(tmp_path, data)
+    assert f"valid has no key '{key}'" in said
+    assert f"did you mean '{key}s'?" in said
+
+
+@pytest.mark.parametrize("key", ["audio", "raw_text", "text_bert", "regression_labels", "vision_lengths"])
+def test_a_key_of_the_wrong_length(tmp_path: Path, key: str) -> None:
+    data = content()
+    data["test"][key] = data["test"][key][:3]
+    assert f"test.{key} has 3 rows, expected 5, one for each id" in refused(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "audio",
+            np.zeros((4, 2, 2, 2)),
+            "valid.audio is an array (4, 2, 2, 2) of float64, expected numbers (N, T, D)",
+        ),
+        ("audio", np.array(["a"] * 4), "expected numbers (N, T, D)"),
+        (
+            "audio",
+            [np.zeros((1, 4)), np.zeros((2, 4)), np.zeros(4), np.zeros((1, 4))],
+            "valid.audio[2] is an array (4,)",
+        ),
+        ("text_bert", np.zeros((4, 7), int), "expected numbers (N, 3, T): ids, mask, segment"),
+        ("regression_labels", ["good"] * 4, "valid.regression_labels is an array (4,) of <U4, expected one number"),
+        ("raw_text", [None] * 4, "valid.raw_text of id 'valid0$_$0' is not a string"),
+        ("id", [None, "a", "b", "c"], "valid.id holds a NoneType, expected strings"),
+        ("audio_lengths", [1, 2.5, 1, 1], "valid.audio_lengths holds 1..2.5, expected whole numbers from 0"),
+        ("audio_lengths", [1, -2, 1, 1], "valid.audio_lengths holds -2..1, expected whole numbers from 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    data = content()
+    data["valid"][key] = value
+    assert said in refused(tmp_path, data)
+
+
+def test_another_width_in_another_split(tmp_path: Path) -> None:
+    data = content()
+    data["test"]["audio"] = data["test"]["audio"][:, :, :3]
+    said = refused(tmp_path, data)
+    assert "test, id 'test" in said
+    assert "expected (steps, 4)" in said
+
+
+def test_a_modality_that_one_split_lacks(tmp_path: Path) -> None:
+    data = content()
+    del data["valid"]["audio"], data["valid"]["audio_lengths"]
+    assert "valid has modalities ['text', 'vision'], train has ['text', 'audio', 'vision']" in refused(tmp_path, data)
+
+
+@pytest.mark.parametrize("unimodal", [False, True])
+def test_a_label_outside_its_range(tmp_path: Path, unimodal: bool) -> None:
+    data = content(unimodal=unimodal)
+    data["test"]["regression_labels"][2] = 3.5
+    top = 1 if unimodal else 3
+    said = refused(tmp_path, data)
+    assert f"test, id 'test0$_$2': label M is 3.5, expected -{top}..{top}" in said
+    pack(MmsaSource(written(tmp_path, data), label_range=(-4, 4)), tmp_path / "set")
+
+
+def test_a_label_that_is_not_a_number(tmp_path: Path) -> None:
+    data = content()
+    data["train"]["regression_labels"][0] = np.nan
+    assert "train, id 'train0$_$0': label M is nan, expected -3..3" in refused(tmp_path, data)
+
+
+def test_a_modality_that_is_nan_everywhere(tmp_path: Path) -> None:
+    data = content()
+    for raw in data.values():
+        raw["vision"][:] = np.nan
+    assert "vision has not one finite value in 12 train samples" in refused(tmp_path, data)
+
+
+def test_a_modality_of_length_zero_everywhere(tmp_path: Path) -> None:
+    data = content()
+    for raw in data.values():
+        raw["audio_lengths"] = [0] * len(raw["id"])
+    assert "audio has not one finite value in 12 train samples" in refused(tmp_path, data)
+
+
+def test_a_sample_of_length_zero_in_everything(tmp_path: Path) -> None:
+    data = content()
+    raw = data["test"]
+    raw["audio_lengths"][3] = raw["vision_lengths"][3] = 0
+    raw["text_bert"][3] = 0
+    raw["raw_text"][3] = ""
+    said = refused(tmp_path, data)
+    assert "test, id 'test1$_$0': every modality has length zero and there is no text" in said
+
+
+def test_an_id_that_occurs_twice(tmp_path: Path) -> None:
+    data = content()
+    data["test"]["id"][1] = data["train"]["id"][7]
+    assert "id 'train2$_$1' occurs at train[7] and test[1]; ids must be unique" in refused(tmp_path, data)
+
+
+def test_a_text_bert_that_is_no_token_ids(tmp_path: Path) -> None:
+    data = content()
+    data["train"]["text_bert"] = data["train"]["text_bert"] + 0.5
+    assert "text_bert has ids that are not whole numbers" in refused(tmp_path, data)
+
+
+def test_a_pickle_of_something_else(tmp_path: Path) -> None:
+    assert "holds a dict of 1 with keys weights, expected a dict with the splits" in refused(tmp_path, {"weights": [1]})
+    assert "holds a list of 2, expected a dict with the splits train, valid, test" in refused(tmp_path, [1, 2])
+    assert "train is a list of 0, expected a dict" in refused(tmp_path, {**content(), "train": []})
