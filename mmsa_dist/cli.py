@@ -11,7 +11,7 @@ from mmsa_dist import run_folder
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, differences, load_recipe, packaged, read_recipe
 
-TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [any value]
+TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
        mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
 
 Trains SYSTEM on a packed data set, chooses the best epoch on validation, reads the test split once, and registers the

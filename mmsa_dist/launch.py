@@ -54,7 +54,6 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
-    check_cpus(recipe, _own_cpus(), "this machine")
     world = recipe.launch.workers
     rendezvous = Path(tempfile.mkdtemp(prefix="mmsa-")) / "rendezvous"
     processes: list[subprocess.Popen[bytes]] = []
@@ -71,6 +70,7 @@ def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
                 "WORLD_SIZE": str(world),
                 "LOCAL_WORLD_SIZE": str(world),
                 "MMSA_RENDEZVOUS": str(rendezvous),
+                "MMSA_LAUNCHER": str(os.getpid()),
                 "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
                 "PYTHONUNBUFFERED": "1",
             }
@@ -112,7 +112,7 @@ def run_ray(recipe: Recipe, folder: Path, attempt: int) -> str:
     import ray
 
     connect(recipe)
-    check_cpus(recipe, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster", recipe.launch.gpus_per_worker)
+    check_cpus(recipe, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster")
     try:
         trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{attempt}")
         trainer.fit()
@@ -172,6 +172,24 @@ def train_function(config: dict[str, Any]) -> None:
     )
 
 
+def check_place(recipe: Recipe) -> None:
+    """What can be known of the place before anything is written: this machine's CPUs, or whether the cluster answers.
+
+    Raises:
+        ConfigError: more CPUs asked for than there are. TransientError: the address does not answer.
+    """
+    address = cluster_address(recipe)
+    if recipe.launch.launcher == "local" or (recipe.launch.launcher == "ray" and address is None):
+        check_cpus(recipe, _own_cpus(), "this machine")
+    elif recipe.launch.launcher == "ray" and address not in (None, "auto"):
+        check_address(str(address))
+
+
+def cluster_address(recipe: Recipe) -> str | None:
+    """The Ray cluster to join; None starts one here."""
+    return recipe.launch.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     """Joins the Ray cluster of the recipe or of the environment, else starts one here, on the loopback interface.
 
@@ -185,11 +203,8 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
 
     if ray.is_initialized():
         return
-    address = recipe.launch.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        check_cpus(recipe, _own_cpus(), "this machine", recipe.launch.gpus_per_worker)
-    elif address != "auto":
-        check_address(address)
+    check_place(recipe)
+    address = cluster_address(recipe)
     environment = {**RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker)}
     local: dict[str, Any] = {}
     if address is None:
@@ -226,7 +241,7 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def check_cpus(recipe: Recipe, cpus: int, where: str, gpus_wanted: float = 0.0) -> None:
+def check_cpus(recipe: Recipe, cpus: int, where: str) -> None:
     """Says at once that a request cannot run, where Ray would wait for ever.
 
     Raises:

@@ -56,12 +56,14 @@ class Input:
 
     Attributes:
         where: as messages name it.
+        name: as tables name it.
         widths: modality -> D of the features there are.
         counts: split -> samples.
         label_range: lowest and highest possible label.
     """
 
     where: str
+    name: str
     widths: dict[str, int]
     has_raw_text: bool
     has_tokens: bool
@@ -159,6 +161,7 @@ def _packed(place: Path) -> Input:
     widths = {name: modality.width for name, modality in index.modalities.items()}
     return Input(
         str(place),
+        index.name,
         widths,
         index.has_raw_text,
         index.has_tokens,
@@ -181,6 +184,7 @@ def _pickled(place: Path) -> Input:
 
     return Input(
         str(place),
+        place.name,
         source.widths,
         source.has_raw_text,
         source.has_tokens,
@@ -242,7 +246,7 @@ def _show(scores: dict[str, dict[str, Any] | None], predictor: Predictor, data: 
         return
     from mmsa_dist.report import metrics_table
 
-    title = f"{predictor.recipe.system} on {data.where}{' (synthetic)' if data.synthetic else ''}"
+    title = f"{predictor.recipe.system} on {data.name}{' (synthetic)' if data.synthetic else ''}"
     columns = {
         f"{split} ({score['samples']:,})": {k: v for k, v in score.items() if k != "samples"}
         for split, score in known.items()

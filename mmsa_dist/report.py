@@ -68,7 +68,7 @@ def data_name(result: Mapping[str, Any]) -> str:
 
 
 def pictures(run_dir: Path, into: Path) -> list[Path]:
-    """Writes ``loss_curve.png`` and ``confusion_<split>_<classes>.png`` of a finished run.
+    """Writes ``loss_curve.png`` and ``confusion_<split>_<classes>.png``, two classes and the most, of a finished run.
 
     Returns:
         The files written; there is no matrix for labels that the field does not put into classes.
@@ -140,7 +140,7 @@ def _matrices(run_dir: Path, split: str, kind: Any, result: Mapping[str, Any], i
     with np.load(run_dir / "predictions" / f"{split}.npz", allow_pickle=False) as file:
         y, p = file["y"], file["p"]
     files = []
-    for classes in class_counts(kind):
+    for classes in sorted({*class_counts(kind)[:1], *class_counts(kind)[-1:]}):
         counts, labels = confusion(y, p, classes, kind)
         title = f"{result.get('system', '')} on {data_name(result)}: {split}, {len(y):,} samples"
         files.append(_save(confusion_matrix(counts, labels, title), into / f"confusion_{split}_{classes}.png"))

@@ -57,6 +57,7 @@ def check(recipe: Recipe) -> tuple[Index, Recipe]:
             f"data.batch_size: {recipe.data.batch_size} samples cannot be shared by {recipe.launch.workers} workers x "
             f"{recipe.optim.accumulation} accumulation; raise --batch-size or lower --workers"
         )
+    launch.check_place(recipe)
     return index, recipe
 
 

@@ -1,13 +1,14 @@
 """One rank: joins the process group, trains, and says in a file how it failed if it did.
 
-Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_dist.worker RUN`` is a rank, with
-RANK, WORLD_SIZE and either MMSA_RENDEZVOUS (a file) or MASTER_ADDR and MASTER_PORT in its environment.
+Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_dist.worker RUN`` is a rank of
+the local launcher, with RANK, WORLD_SIZE, MMSA_RENDEZVOUS (a file) and MMSA_LAUNCHER (a pid) in its environment.
 """
 
 import datetime
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -84,10 +85,22 @@ def join_group(rank: int, world: int, timeout: float) -> None:
     )
 
 
+def end_with(parent: int) -> None:
+    """Ends this rank when the launcher is gone: a killed driver must not leave ranks behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()
+
+
 def main() -> int:
     """A rank that the local launcher started."""
     from mmsa_dist.recipe import read_recipe
 
+    end_with(int(os.environ["MMSA_LAUNCHER"]))
     folder = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = read_recipe(folder / "recipe.yaml")

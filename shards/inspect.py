@@ -74,12 +74,14 @@ def render(told: dict[str, Any]) -> Group:
         ("folder", told["folder"]),
     ):
         facts.add_row(name, value)
-    by_split = _label_table(told, "label M", told["labels"]["M"]["counts"])
-    tables = [_modality_table(told), by_split]
+    parts = [title, facts]
+    if told["modalities"]:
+        parts += [Text("\nmodalities, lengths in steps of samples that have it"), _modality_table(told)]
+    parts += [Text("\nlabel M, by nearest label"), _label_table(told, told["labels"]["M"]["counts"])]
     if len(told["tasks"]) > 1:
         others = {task: _totals(told["labels"][task]) for task in told["tasks"] if task != "M"}
-        tables.append(_label_table(told, "single modalities", others))
-    return Group(title, facts, Text(), *tables)
+        parts += [Text("\nlabels of single modalities, by nearest label"), _label_table(told, others)]
+    return Group(*parts)
 
 
 def _text_line(told: dict[str, Any]) -> str:
@@ -94,8 +96,7 @@ def _spelled(percentiles: dict[str, int]) -> str:
 
 
 def _modality_table(told: dict[str, Any]) -> Table:
-    table = Table(title="modalities (lengths in steps, of samples that have it)", title_justify="left")
-    table.add_column("modality")
+    table = Table("modality")
     for heading in ("width", *(f"p{p}" for p in PERCENTILES), "absent", "non-finite values"):
         table.add_column(heading, justify="right")
     for name, facts in told["modalities"].items():
@@ -104,10 +105,10 @@ def _modality_table(told: dict[str, Any]) -> Table:
     return table
 
 
-def _label_table(told: dict[str, Any], what: str, columns: dict[str, list[int]]) -> Table:
+def _label_table(told: dict[str, Any], columns: dict[str, list[int]]) -> Table:
     """One row a label, one column for each of `columns`, and bars of their sum where they are splits."""
     splits = set(columns) == set(told["splits"])
-    table = Table(title=f"{what}, by nearest label", title_justify="left")
+    table = Table()
     for heading in ("label", *columns):
         table.add_column(heading, justify="right")
     if splits:
@@ -131,9 +132,9 @@ def _column(tables: list[pa.Table], name: str) -> np.ndarray:
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
-    """Percentiles of the lengths that are not zero: lengths that occur, not interpolated ones."""
+    """Percentiles of the lengths that are not zero: p % of them are at most this long."""
     real = lengths[lengths > 0]
-    values = np.percentile(real, PERCENTILES, method="lower") if len(real) else np.zeros(len(PERCENTILES))
+    values = np.percentile(real, PERCENTILES, method="inverted_cdf") if len(real) else np.zeros(len(PERCENTILES))
     return {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
 
 

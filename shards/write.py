@@ -166,6 +166,9 @@ class _Packing:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    for parent in out.parents:
+        if parent.is_file():
+            raise ConfigError(f"--out {out} cannot be made: {parent} is a file; choose another folder")
     if not out.exists():
         return
     if not out.is_dir():

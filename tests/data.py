@@ -55,7 +55,9 @@ class TinySource:
         return []
 
 
-def packed(folder: Path, samples: int = 100, absent: float = 0.1, shard_bytes: int = 8_000, dtype: str = "float32") -> Path:
+def packed(
+    folder: Path, samples: int = 100, absent: float = 0.1, shard_bytes: int = 8_000, dtype: str = "float32"
+) -> Path:
     """The data set packed into several shards below `folder`; gives its path."""
     out = folder / "tiny"
     pack(TinySource(samples, absent), out, dtype=dtype, shard_bytes=shard_bytes)

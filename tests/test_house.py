@@ -1,6 +1,7 @@
 """The house keeps its order: imports go one way, the front door is light, pins and ranges agree, pages are true."""
 
 import ast
+import contextlib
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from benchmarks import render
-from mmsa_dist.__main__ import COMMANDS
+from mmsa_dist.__main__ import COMMANDS, USAGE, main
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
@@ -161,12 +162,43 @@ def test_readme_lists_every_command_and_no_other() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_name_commands_and_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    code = "\n".join([*re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])
+    code = "\n".join(snippets(text))
     assert set(re.findall(r"^\s*(?:\$ )?mmsa-dist ([a-z]+)\b", code, re.MULTILINE)) <= COMMANDS.keys()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)\b", code, re.MULTILINE)) <= targets
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def snippets(text: str) -> list[str]:
+    """Code blocks and inline code of a page, lines joined that end in a backslash."""
+    joined = text.replace("\\\n", " ")
+    return [*re.findall(r"^```.*?^```", joined, re.MULTILINE | re.DOTALL), *re.findall(r"`([^`\n]+)`", joined)]
+
+
+def written_commands() -> dict[tuple[str, ...], set[str]]:
+    """Command, with its format or system where it has one -> options that the pages and the front door use with it."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    texts = [*(code for page in PAGES for code in snippets(page.read_text(encoding="utf-8"))), USAGE]
+    for line in "\n".join(texts).splitlines():
+        match = re.match(r"\s*(?:\$ |# .*)?mmsa-dist (pack|train|[a-z]+)\b(.*?)(?: -- .*|#.*)?$", line)
+        if match and match[1] in COMMANDS:
+            words = match[2].split()
+            named = words[:1] if match[1] in {"pack", "train"} and words and re.fullmatch("[a-z_]+", words[0]) else []
+            options = {word.partition("=")[0] for word in words if word.startswith("--")}
+            found.setdefault((match[1], *named), set()).update(options)
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(written_commands()), ids=" ".join)
+def test_pages_use_options_that_exist(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ""
+    for words in {command, command[:1]}:
+        with contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+        texts += capsys.readouterr().out
+    known = set(re.findall(r"--[a-z][a-z0-9._-]*", texts))
+    assert written_commands()[command] <= known | {"--help"}
 
 
 def test_pages_show_what_was_measured() -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,12 +225,10 @@ def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe,
     }
     if commit := client.get_run(link.run_id).data.tags.get("mlflow.source.git.commit"):
         tags["code.commit"] = commit
-    try:
+    with suppress(MlflowException):  # it exists already; if not, the next call says what is wrong
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    made = client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))
+    with _global_store(link.uri):  # where the registry looks for the logged model
+        made = client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))
     version = str(made.version)
     client.update_model_version(name, version, model_card(result, card, recipe, f"models:/{name}/{version}"))
     return version

@@ -27,16 +27,17 @@ class Arrays:
 
     def __init__(self, path: Path, columns: Columns) -> None:
         self._path = path
+        id_array = columns.id_array or "id"
         try:
             archive = np.load(path, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             with archive:
                 self._names = list(archive.files)
-                ids = self._array(archive, columns.id_array, "--id-array")
+                ids = self._array(archive, id_array, "--id-array")
                 self._rows = {str(value): row for row, value in enumerate(ids)}
                 if len(self._rows) != len(ids):
-                    raise DataError(f"{path}: {columns.id_array} names {len(ids) - len(self._rows)} ids more than once")
+                    raise DataError(f"{path}: {id_array} names {len(ids) - len(self._rows)} ids more than once")
                 wanted = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
                 self._sequences = {m: self._sequence(archive, m, wanted[m], len(ids)) for m in MODALITIES if wanted[m]}
         except FileNotFoundError as error:

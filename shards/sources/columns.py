@@ -24,8 +24,8 @@ class Columns(BaseModel):
     """Columns that make the id, joined with "_"; or a pattern like {video_id}[{clip_id}]. Default: video_id clip_id."""
     split: _Column = None
     """Column that holds train, valid (val, dev) or test. Default: split, or mode."""
-    label: str = "label"
-    """Column of the multimodal label."""
+    label: _Column = None
+    """Column of the multimodal label. Default: label."""
     label_text: _Column = None
     """Column of the label of the text alone. Default: label_T where there is one."""
     label_audio: _Column = None
@@ -42,8 +42,8 @@ class Columns(BaseModel):
     """Array of audio features, NAME or NAME:LENGTHS. Default: none."""
     vision: _Array = None
     """Array of vision features, NAME or NAME:LENGTHS. Default: none."""
-    id_array: str = "id"
-    """Array that holds the ids."""
+    id_array: _Array = None
+    """Array that holds the ids. Default: id."""
 
     @classmethod
     def from_yaml(cls, path: Path, overrides: Mapping[str, Any]) -> "Columns":

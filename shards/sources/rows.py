@@ -73,7 +73,7 @@ class Rows:
 
     def labels(self, columns: Columns) -> dict[str, list[float]]:
         unimodal = {"T": columns.label_text, "A": columns.label_audio, "V": columns.label_vision}
-        names = {"M": columns.label} | {task: name or f"label_{task}" for task, name in unimodal.items()}
+        names = {"M": columns.label or "label"} | {task: name or f"label_{task}" for task, name in unimodal.items()}
         asked = {"M"} | {task for task, name in unimodal.items() if name}
         return {
             task: self._numbers(names[task], optional=task != "M")

