@@ -39,8 +39,8 @@ def evaluate(session: Session, split: str) -> Evaluation:
     table = gather_rows(torch.cat(rows), session.engine.device).numpy()
     table = table[table[:, 3] > 0]
     table = table[np.argsort(table[:, 0], kind="stable")]
-    truth, predicted = table[:, 1].astype(np.float32), table[:, 2].astype(np.float32)
-    return Evaluation(table[:, 0].astype(np.int64), truth, predicted, metrics.evaluate(session.kind, truth, predicted))
+    numbers, truth, given = table[:, 0].astype(np.int64), table[:, 1].astype(np.float32), table[:, 2].astype(np.float32)
+    return Evaluation(numbers, truth, given, metrics.evaluate(session.kind, truth, given))
 
 
 def gather_rows(rows: torch.Tensor, device: torch.device) -> torch.Tensor:

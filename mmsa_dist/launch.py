@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import ConfigError, MmsaError, TrainingError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
 
 RANK_ENVIRONMENT = {
@@ -271,10 +271,9 @@ def diagnose(folder: Path, outcome: str) -> MmsaError:
             continue
     own = [entry for entry in entries if entry["exit_code"] is not None]
     if own:
-        kinds = {cls.exit_code: cls for cls in (ConfigError, TransientError, TrainingError)}
-        from mmsa_dist.errors import DataError
-
-        kinds[DataError.exit_code] = DataError
+        kinds: dict[int, type[MmsaError]] = {
+            cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
+        }
         return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
     bugs = [entry for entry in entries if not _of_a_peer(entry)]
     if bugs:

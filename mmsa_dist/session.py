@@ -82,7 +82,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     generator = label_generator(recipe, index, system, engine.device)
     if saved:
         generator.load_state_dict(saved.generator)
-    reader = ShardReader(index)
+    reader = ShardReader(index, open_shards=2 * recipe.data.window)
     loader = Loader(reader, batch_spec(recipe, index, spec), recipe.data.readers)
     kind = metrics.kind_for(index.label_range)
     progress = saved.progress if saved else {}
@@ -125,7 +125,7 @@ def data_spec(recipe: Recipe, index: Index) -> DataSpec:
         ConfigError: the recipe asks for a modality that the data set lacks.
     """
     have = available(recipe, index)
-    wanted = recipe.data.modalities or tuple(have)
+    wanted: tuple[str, ...] = recipe.data.modalities or tuple(have)
     lacking = [m for m in wanted if m not in have]
     if lacking or not wanted:
         remedy = " (set --text.encoder to read its transcripts)" if "text" in lacking and index.has_raw_text else ""
@@ -138,7 +138,7 @@ def data_spec(recipe: Recipe, index: Index) -> DataSpec:
         raise ConfigError(f"text.input: {index.name} has no token ids; use raw")
     if encoded and recipe.text.input == "raw" and not index.has_raw_text:
         raise ConfigError(f"text.input: {index.name} has no transcripts; use tokens")
-    widths = {
+    widths: dict[str, int] = {
         m: encoder_width(recipe.text) if m == "text" and encoded else index.modalities[m].width
         for m in MODALITIES
         if m in wanted

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -74,7 +74,7 @@ def render(told: dict[str, Any]) -> Group:
         ("folder", told["folder"]),
     ):
         facts.add_row(name, value)
-    parts = [title, facts]
+    parts: list[RenderableType] = [title, facts]
     if told["modalities"]:
         parts += [Text("\nmodalities, lengths in steps of samples that have it"), _modality_table(told)]
     parts += [Text("\nlabel M, by nearest label"), _label_table(told, told["labels"]["M"]["counts"])]

@@ -55,14 +55,14 @@ class RankError(AssertionError):
         self.cause = cause
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Calls ``fn(*args)`` on every rank of a gloo process group of `world_size` processes.
 
     Args:
         fn: a function at the top level of a module; it asks `torch.distributed` for its rank. Every call begins with
             the same seeds, one computing thread and the environment as it was when the rank started.
         args: anything that pickles.
-        timeout: seconds for the call; the start of the processes is not counted.
+        timeout: seconds for the call, in which a first one imports its modules; starting the ranks is not counted.
 
     Returns:
         What each rank returned, by rank.

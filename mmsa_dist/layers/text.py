@@ -39,9 +39,12 @@ class TextSpec(Protocol):
 class HasText(Protocol):
     """The part of `shards.index.Index` that says what text there is."""
 
-    name: str
-    has_raw_text: bool
-    has_tokens: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def has_raw_text(self) -> bool: ...
+    @property
+    def has_tokens(self) -> bool: ...
 
 
 class TextReader(nn.Module):

@@ -301,7 +301,7 @@ def _global_store(uri: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before[0])  # type: ignore[arg-type]  # None is what it was
+        mlflow.set_tracking_uri(before[0])
         mlflow.set_registry_uri(before[1])
         for name, value in zip(names, before, strict=True):
             if value is None:

@@ -113,8 +113,8 @@ class MlflowTracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.close(60.0 if kind is None else 5.0)  # a rank that failed has its error to tell
+    def __exit__(self, *exception: object) -> None:
+        self.close(60.0 if exception[0] is None else 5.0)  # a rank that failed has its error to tell
 
     def close(self, timeout: float = 60.0) -> None:
         """Waits at most `timeout` seconds for the last numbers; what is not sent by then is in the spill."""

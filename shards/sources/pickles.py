@@ -7,8 +7,9 @@ bytes as object pointers) that corrupts memory.
 
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -82,7 +83,9 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     _KNOWN[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The unpickler written in Python: in C's a few bytes can ask for a memo of 64 GB, and get it."""
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _KNOWN[module, name]
@@ -91,6 +94,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: object) -> Any:
         raise _RefusedError("an object outside the file")
+
+    def load_build(self) -> None:
+        """Gives an object its state; only the two kinds that have one here."""
+        if not isinstance(self.stack[-2], _DType | _Array):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("a state for what has none")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
 
 _MAGIC = {
@@ -115,10 +126,11 @@ def load(path: Path) -> Any:
     Raises:
         DataError: no such file, not a pickle, damaged, or it names anything else (which is never called).
     """
-    start = b""
     try:
         with path.open("rb") as file:
-            start = file.read(32)
+            start = file.read(max(map(len, _MAGIC)))
+            if kind := next((text for magic, text in _MAGIC.items() if start.startswith(magic)), None):
+                raise DataError(f"{path}: is {kind}; expected a feature pickle")
             file.seek(0)
             return _Unpickler(file, encoding="latin1").load()
     except _RefusedError as error:
@@ -133,9 +145,9 @@ def load(path: Path) -> Any:
     except MemoryError as error:
         raise DataError(f"{path}: does not fit into memory, or is damaged; expected a feature pickle") from error
     except _DAMAGE as error:
-        kind = next((text for magic, text in _MAGIC.items() if start.startswith(magic)), None)
-        said = f"is {kind}" if kind else "cannot be unpickled: it is another kind of file, or cut short"
-        raise DataError(f"{path}: {said}; expected a feature pickle") from error
+        raise DataError(
+            f"{path}: cannot be unpickled: it is another kind of file, or cut short; expected a feature pickle"
+        ) from error
 
 
 def describe(value: object) -> str:

@@ -108,7 +108,7 @@ class Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=folder,
-                env={**os.environ, **environment},
+                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -139,8 +139,8 @@ def test_sims_by_hand_clips_before_everything() -> None:
 
 def test_zeros() -> None:
     """A zero label is in has0 and not in non0; a zero prediction is not negative, and not positive either."""
-    values = metrics.evaluate("mosi", [0.0, 0.0, 2.0, -2.0], [0.0, -0.0, 0.0, 0.0])
-    assert values["acc2_has0"] == 3 / 4
+    values = metrics.evaluate("mosi", [0.0, 0.0, 2.0, -2.0], [0.0, -0.0, 0.0, -1.0])
+    assert values["acc2_has0"] == 1.0
     assert values["acc2_non0"] == 1 / 2
 
 

@@ -105,9 +105,6 @@ def test_nothing_but_data_is_known(tmp_path: Path, evil: object, named: str) -> 
 def test_an_array_whose_bytes_would_be_pointers(tmp_path: Path) -> None:
     """numpy's own `__setstate__` takes a dtype whose flags lie, and then raw bytes as object pointers."""
 
-    def state(data: bytes) -> bytes:
-        return pickle.dumps((1, (1,), "here", False, data), protocol=4)
-
     class Forged:
         def __reduce__(self) -> tuple[Any, ...]:
             dtype = np.dtype("O")
@@ -115,6 +112,21 @@ def test_an_array_whose_bytes_would_be_pointers(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="cannot be unpickled"):
         load(written(tmp_path, [Forged()]))
+
+
+def test_a_few_bytes_that_ask_for_gigabytes(tmp_path: Path) -> None:
+    """Memo number 2^31: the unpickler in C makes room for all the numbers before it."""
+    path = tmp_path / "memo.pkl"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    assert load(path) == {}
+
+
+def test_a_state_for_what_has_none(tmp_path: Path) -> None:
+    """BUILD would set attributes of our own functions."""
+    path = tmp_path / "build.pkl"
+    path.write_bytes(b"\x80\x02cnumpy._core.multiarray\n_reconstruct\n}X\x04\x00\x00\x00evilK\x01sb.")
+    with pytest.raises(DataError, match="cannot be unpickled"):
+        load(path)
 
 
 def test_another_codec_is_refused(tmp_path: Path) -> None:

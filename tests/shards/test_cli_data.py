@@ -94,7 +94,7 @@ def test_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    assert sorted(set(re.findall(r"^[│ ]{1,4}(?:-h, )?(--[a-z-]+)", said, re.MULTILINE))) == FLAGS[command].split()
+    assert sorted(set(re.findall(r"^[│ ]{1,4}(?:-h, )?(--[a-z][a-z-]*)", said, re.MULTILINE))) == FLAGS[command].split()
 
 
 def test_pack_without_a_format_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,7 @@ def test_pack_without_a_format_explains_itself(capsys: pytest.CaptureFixture[str
     assert main(["pack"]) == 2
 
 
-@pytest.mark.parametrize("command", ["pack", "inspect", "verify"])
-def test_data_commands_import_nothing_heavy(command: str) -> None:
+def test_data_commands_import_nothing_heavy() -> None:
     program = (
         "import sys, shards.cli, shards.write, shards.inspect, shards.verify, shards.sources.mmsa, "
         "shards.sources.table, shards.sources.generated; "

@@ -16,21 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import shards.trust
 from shards.errors import DataError
 from shards.files import sha256_of
 from shards.index import Index
 from shards.read import ShardReader
 from shards.utterance import Utterance
-from tests.shards.made import WIDTHS, overwrite, packed, settle, utterance, utterances
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test starts as a node that has verified nothing."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMSA_CACHE", str(folder))
-    return folder
+from tests.shards.made import WIDTHS, overwrite, packed, utterance, utterances
 
 
 @pytest.fixture(scope="module")
@@ -375,99 +366,3 @@ def test_a_foreign_member_text(index: Index) -> None:
     reader = ShardReader(forged(index, 0))
     with pytest.raises(DataError, match="its JSON member does not parse"):
         reader.sample(0, with_text=True)
-
-
-# --- verified once
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files that were read for their checksum."""
-    seen: list[Path] = []
-
-    def counting(path: Path) -> str:
-        seen.append(path)
-        return sha256_of(path)
-
-    monkeypatch.setattr(shards.trust, "sha256_of", counting)
-    return seen
-
-
-def read_all(index: Index) -> None:
-    with ShardReader(index, open_shards=2) as reader:
-        reader.samples(range(index.num_samples))
-
-
-def test_each_file_is_verified_once_per_node(index: Index, hashed: list[Path]) -> None:
-    settle(index)
-    read_all(index)
-    files = [path for n in range(len(index.shards)) for path in (index.table_path(n), index.tar_path(n))]
-    assert sorted(hashed) == sorted(files)
-    read_all(index)
-    read_all(Index.load(index.folder))
-    assert len(hashed) == len(files)
-
-
-def test_a_changed_file_is_verified_again(index: Index, hashed: list[Path]) -> None:
-    settle(index)
-    read_all(index)
-    hashed.clear()
-    os.utime(index.tar_path(2))
-    read_all(index)
-    assert hashed == [index.tar_path(2)]
-    # a change that keeps size and modification time, as some copying tools do
-    status = index.tar_path(1).stat()
-    overwrite(index.tar_path(1), 3000, b"\xff\xff\xff")
-    os.utime(index.tar_path(1), ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(DataError, match="sha256 is"):
-        read_all(index)
-
-
-def test_another_checksum_for_the_same_file_is_not_taken_on_trust(index: Index) -> None:
-    settle(index)
-    read_all(index)
-    wrong = index.shards[0].model_copy(update={"sha256": "0" * 64})
-    with pytest.raises(DataError, match="sha256 is"):
-        ShardReader(index.model_copy(update={"shards": (wrong, *index.shards[1:])})).sample(0)
-
-
-def test_a_file_that_has_just_changed_is_not_remembered(index: Index, hashed: list[Path]) -> None:
-    os.utime(index.tar_path(0))
-    index.tar_path(0).chmod(0o644)
-    ShardReader(index).sample(0)
-    ShardReader(index).sample(0)
-    assert hashed.count(index.tar_path(0)) == 2
-
-
-def test_processes_and_threads_that_meet_a_new_file_take_turns(index: Index, hashed: list[Path]) -> None:
-    settle(index)
-    barrier = threading.Barrier(4)
-
-    def work() -> None:
-        barrier.wait()
-        ShardReader(index).sample(0)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(hashed) == sorted([index.tar_path(0), index.table_path(0)])
-
-
-def test_without_a_folder_to_remember_in(index: Index, hashed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home that cannot be written costs that each process reads the files; nothing else."""
-    settle(index)
-    monkeypatch.setenv("MMSA_CACHE", "/proc/none")
-    ShardReader(index).sample(0)
-    ShardReader(index).sample(0)
-    assert hashed.count(index.tar_path(0)) == 1
-    overwrite(index.tar_path(0), 3000, b"\xff\xff\xff")
-    with pytest.raises(DataError, match="sha256 is"):
-        ShardReader(index).sample(0)
-
-
-def test_unverified_on_request(index: Index, hashed: list[Path]) -> None:
-    with ShardReader(index, verify=False) as reader:
-        reader.samples(range(index.num_samples))
-    assert hashed == []

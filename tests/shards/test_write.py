@@ -298,7 +298,10 @@ def test_what_a_killed_packing_left_is_removed_and_a_working_one_is_not(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".set.packing-works", "set"]
 
 
-def test_folders_are_exchanged_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["this", "without renameat2"])
+def test_folders_are_exchanged_whole(tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if system != "this":
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text(name)
