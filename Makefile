@@ -49,7 +49,6 @@ test-all: $(STAMP) ## every test, the slow ones too
 real: $(STAMP) ## train on real CMU-MOSI and write the results table: make real DATA=../shared/data/mosi
 	@test -n "$(DATA)" || { echo "error: make real needs DATA=FOLDER with utterances.csv and features.npz (docs/your-data.md)" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.real --data $(DATA)
-	$(BIN)/python -m benchmarks.render
 
 figures: $(STAMP) ## write what benchmarks/results/*.json hold into README.md
 	$(BIN)/python -m benchmarks.render

@@ -1,7 +1,7 @@
 """One measurement on disk: what was measured, beside the command, commit, date, machine and versions that it holds for.
 
 A benchmark ends with ``record("startup", [Row(...)], raw={...})``; figures reach a page from that file only
-(`benchmarks.render`).
+(`benchmarks.render`), at once.
 """
 
 import json
@@ -64,12 +64,16 @@ def record(name: str, rows: list[Row], raw: dict[str, Any] | None = None, comman
 
 
 def write(name: str, content: dict[str, Any]) -> Path:
-    """Writes one result file, whole or not at all."""
+    """Writes one result file, whole or not at all, and renews the pages that show it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
     temporary.replace(path)
+    if RESULTS.is_relative_to(ROOT):
+        from benchmarks import render  # which reads this module's folders
+
+        render.renew()
     return path
 
 

@@ -206,14 +206,20 @@ def behind(results: dict[str, dict[str, Any]]) -> dict[Path, str]:
     return {path: new for path, old in pages.items() if (new := rendered(old, PAGES[path], results)) != old}
 
 
+def renew() -> list[Path]:
+    """Writes the pages that are behind, and gives them."""
+    late = behind(load())
+    for path, text in late.items():
+        path.write_text(text, encoding="utf-8")
+    return list(late)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is behind")
     check = parser.parse_args().check
-    late = behind(load())
-    for path, text in late.items():
-        if not check:
-            path.write_text(text, encoding="utf-8")
+    late = list(behind(load())) if check else renew()
+    for path in late:
         print(f"{path.relative_to(ROOT)}: {'behind benchmarks/results' if check else 'renewed'}")
     return int(check and bool(late))
 

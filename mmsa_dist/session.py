@@ -219,4 +219,3 @@ def sentence(numbers: dict[str, Any]) -> str:
         f"accumulation; epoch {n['train_samples']:,} samples -> {n['steps_per_epoch']:,} steps; "
         f"at most {n['epochs']} epochs = {n['total_steps']:,} steps"
     )
-

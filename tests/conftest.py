@@ -12,6 +12,14 @@ settings.register_profile("house", deadline=None)  # a busy machine is not a slo
 settings.load_profile("house")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was verified is remembered here, not in the user's cache folder; rank processes and commands inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMSA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
     """`run_ranks`: ``ranks(fn, 2, *args)`` calls a module's function on two CPU ranks (see `tests.ranks`)."""

@@ -6,7 +6,6 @@ utterance lacks it. The answer has one row an utterance: ``sentiment``, and ``se
 predicts unimodal sentiment too.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ from shards.utterance import UNIMODAL_TASK
 
 BATCH = 32
 """Utterances that go through the system at once."""
-
-# Rows are ragged: type hints that MLflow would understand cannot say so, and would forbid dataframe requests.
-warnings.filterwarnings("ignore", message="(?is).*type hint.*", category=UserWarning)
 
 
 def answer_name(task: str) -> str:
@@ -52,9 +48,9 @@ class ServedSystem(PythonModel):
         """`context.artifacts["model"]` is the model folder."""
         self.predictor = Predictor.load(Path(context.artifacts["model"]))
 
-    # without annotations: MLflow would take them for the schema of a request
-    def predict(self, context, model_input, params=None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
-        """Answers for a DataFrame, a list of records or one record.
+    # MLflow takes any other annotation than DataFrame for the schema of a request, which ragged rows do not have
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Answers for a DataFrame; a list of records or one record will do too.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) with our sentence, where an input cannot be read.

@@ -81,7 +81,10 @@ def gone(pid: int, seconds: float = 30.0) -> bool:
             os.kill(pid, 0)
         except ProcessLookupError:
             return True
-        if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+        if (
+            Path(f"/proc/{pid}/stat").exists()
+            and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        ):
             return True
         time.sleep(0.1)
     return False
@@ -115,7 +118,9 @@ def test_a_killed_rank_is_invisible(words: list[str], undisturbed: dict[str, Any
     run.until_epoch(3)
     os.kill(run.pid(1), signal.SIGKILL)
     assert run.result() == undisturbed
-    assert "rank 1 was ended by SIGKILL" in run.output and "starting again from the last checkpoint (1 of 2)" in run.output
+    assert (
+        "rank 1 was ended by SIGKILL" in run.output and "starting again from the last checkpoint (1 of 2)" in run.output
+    )
     assert "Traceback" not in run.output
     epochs = [e["epoch"] for e in read_events(run.folder) if e["event"] == "epoch"]
     assert sorted(set(epochs)) == list(range(1, EPOCHS + 1))
@@ -156,9 +161,7 @@ def test_an_interrupt_says_how_to_go_on(words: list[str], tmp_path: Path) -> Non
 
 @two_cpus
 @pytest.mark.ray
-def test_ray_gives_the_same_and_survives_a_kill(
-    words: list[str], undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_ray_gives_the_same_and_survives_a_kill(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """Under Ray Train: the local launcher's result to the bit, though rank 0 was killed on the way."""
     run = Run(tmp_path, *words, "--workers", "2", "--launcher", "ray")
     try:

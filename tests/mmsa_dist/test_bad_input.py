@@ -61,10 +61,10 @@ def test_recipes(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no
 
 def test_values_that_cannot_work_here(refused, data: str) -> None:  # type: ignore[no-untyped-def]
     assert "fp16 needs a GPU" in refused(2, "train", "self_mm", "--data", data, "--engine.precision", "fp16")
-    assert "use --zero 1" in refused(
-        2, "train", "self_mm", "--data", data, "--engine.precision", "bf16", "--zero", "0"
+    assert "use --zero 1" in refused(2, "train", "self_mm", "--data", data, "--engine.precision", "bf16", "--zero", "0")
+    many = refused(
+        2, "train", "self_mm", "--data", data, "--workers", "500", "--batch-size", "512", "--tracking.no-enabled"
     )
-    many = refused(2, "train", "self_mm", "--data", data, "--workers", "500", "--batch-size", "512", "--tracking.no-enabled")
     assert "500 workers x 1 CPUs need 500 CPUs" in many and "use --workers" in many
     assert "cannot be shared by 4 workers" in refused(
         2, "train", "self_mm", "--data", data, "--workers", "4", "--batch-size", "3"
@@ -77,7 +77,9 @@ def test_values_that_cannot_work_here(refused, data: str) -> None:  # type: igno
 def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "no index.json" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
     assert "text.encoder" in refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path))
-    wanted = refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path / "model"), "--text.input", "tokens")
+    wanted = refused(
+        2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path / "model"), "--text.input", "tokens"
+    )
     assert "no token ids" in wanted
 
 
