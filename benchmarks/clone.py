@@ -22,6 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clone", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", default=list(BOUNDS), help="make targets, each in a clone of its own")
     parser.add_argument("--keep", action="store_true", help="keep the clones and print where they are")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     options = parser.parse_args()
     rows, raw = [], {}
     for target in options.targets:
@@ -49,7 +50,8 @@ def main() -> int:
                 met=minutes <= bound if bound else None,
             )
         )
-    record("clone", rows, raw={"minutes": raw})
+    if not options.no_record:
+        record("clone", rows, raw={"minutes": raw})
     return 0
 
 

@@ -1,8 +1,8 @@
 """Steady state: our loop under Ray and DeepSpeed beside a bare torch loop of the same system, same batches.
 
 Both train Self-MM and UFEN-MTFN from their packaged MOSI recipes on generated MOSI-size data, one rank, one thread,
-ZeRO-1. The bare loop is what one would write by hand: forward, loss, backward, torch AdamW, over batches that our loader
-made in memory beforehand. CPU-seconds of the training process are compared, epoch by epoch in turn; first epochs are
+ZeRO-1. The bare loop is what one would write by hand: forward, loss, backward, torch AdamW, over batches that
+our loader made in memory beforehand. CPU-seconds of the training process are compared, epoch by epoch in turn; first epochs are
 left out.
 """
 

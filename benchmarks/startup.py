@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each launcher after one warm-up")
     parser.add_argument("--workers", type=int, default=2, help="ranks of each run")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     options = parser.parse_args()
     helps = [help_seconds() for _ in range(1 + 3 * options.repeats)][1:]
     rows = [
@@ -58,7 +59,8 @@ def main() -> None:
             )
     for row in rows:
         print(f"{row.what}: {row.value:.2f} {row.unit} ({row.how})")
-    record("startup", rows, raw={"seconds": raw})
+    if not options.no_record:
+        record("startup", rows, raw={"seconds": raw})
 
 
 def help_seconds() -> float:

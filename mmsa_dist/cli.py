@@ -40,7 +40,7 @@ The most used values:
 Examples:
   mmsa-dist train ufen_mtfn --data shards/mosi --workers 2 --zero 2
   mmsa-dist train self_mm --data shards/mosi --text.encoder bert-base-uncased --optim.lr.text 3e-5
-  torchrun --nproc-per-node 2 -m mmsa_dist train self_mm --data shards/mosi --launcher torchrun"""
+  torchrun --standalone --nproc-per-node 2 -m mmsa_dist train self_mm --data shards/mosi --launcher torchrun"""
 
 
 def train(argv: list[str]) -> int:

@@ -162,6 +162,8 @@ def train_function(config: dict[str, Any]) -> None:
     def report(summary: dict[str, Any]) -> None:
         ray.train.report({name: value for name, value in summary.items() if isinstance(value, int | float)})
 
+    if config["report"] and context.get_world_rank() == 0:
+        note_reservation(Path(config["folder"]))
     recipe = from_dict(config["recipe"])
     run_rank(
         Path(config["folder"]),
@@ -170,6 +172,18 @@ def train_function(config: dict[str, Any]) -> None:
         context.get_world_size(),
         report if config["report"] else None,
     )
+
+
+RESERVATION = "placement-group"
+
+
+def note_reservation(folder: Path) -> None:
+    """Writes down which placement group this rank runs in: a sweep that stops a trial frees it by that."""
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    if group is not None:
+        run_folder.write_text(folder / RESERVATION, group.id.hex())
 
 
 def check_place(recipe: Recipe) -> None:

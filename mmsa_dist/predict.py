@@ -30,7 +30,7 @@ Examples:
 class PredictOptions(Strict):
     """What to predict with, for what, and where to."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """models:/NAME@alias, models:/NAME/VERSION, runs:/RUN_ID or the folder of a run."""
     data: str
     """Folder that `mmsa-dist pack` wrote, or a feature pickle of the MMSA toolkit (.pkl)."""

@@ -125,7 +125,8 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
     if missing:
         raise ConfigError(
             f"launch.launcher: torchrun sets {', '.join(missing)}, which this process lacks; start it as "
-            "`torchrun --nproc-per-node N -m mmsa_dist train … --launcher torchrun`, or use --launcher local"
+            "`torchrun --standalone --nproc-per-node N -m mmsa_dist train … --launcher torchrun`, "
+            "or use --launcher local"
         )
     for key, value in launch.RANK_ENVIRONMENT.items():
         os.environ.setdefault(key, value)

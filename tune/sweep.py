@@ -125,8 +125,7 @@ def _connected(recipe: Recipe, options: Options) -> int:
 
     from tune.search import concurrency
 
-    launch.connect(recipe, dashboard=True)
-    _with_dashboard()
+    launch.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
     free = ray.available_resources()
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
     fits = concurrency(recipe.launch, cpus, gpus)
@@ -135,25 +134,6 @@ def _connected(recipe: Recipe, options: Options) -> int:
             f"--max-concurrent {options.max_concurrent} is lowered to {fits}: {cpus:g} CPUs and {gpus:g} GPUs are free"
         )
     return min(fits, options.max_concurrent or fits)
-
-
-def _with_dashboard() -> None:
-    """Ray Train frees what a killed run had reserved with the help of the dashboard's state API, and not without it.
-
-    Raises:
-        ConfigError: the cluster has none, so that a sweep would stand still after its first early-stopped trials.
-    """
-    from ray.util.state import list_nodes
-    from ray.util.state.exception import RayStateApiException
-
-    try:
-        list_nodes(limit=1, timeout=30)
-    except (RayStateApiException, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"the Ray cluster has no dashboard that answers ({launch.first_line(str(error))}), without which it never "
-            "frees what an early-stopped trial had reserved; start it with --include-dashboard=true "
-            "--dashboard-host=127.0.0.1"
-        ) from error
 
 
 def _narrowed(space: Space, recipe: Recipe, overrides: list[str]) -> Space:

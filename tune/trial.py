@@ -12,7 +12,7 @@ from mmsa_dist import launch, run_folder
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.metrics import higher_is_better, is_better
 from mmsa_dist.recipe import Recipe, read_recipe
-from tune.outcome import ERROR, RESULT, best_so_far
+from tune.outcome import ERROR, RESULT, TRIAL, best_so_far
 
 OBJECTIVE = "objective"
 """What trials are compared by: the best validation result so far, as at its end a run keeps its best epoch."""
@@ -45,7 +45,8 @@ def _train(recipe: Recipe, folder: Path) -> None:
         if (folder / RESULT).is_file():
             return
         error = launch.diagnose(folder, outcome)
-        if not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
+        stopped = run_folder.read_json(folder / TRIAL).get("stopped", False)  # its ranks were taken from it
+        if stopped or not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
             raise error
 
 

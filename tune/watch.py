@@ -12,6 +12,7 @@ from mmsa_dist.report import value_text
 from shards.progress import console
 from tune.outcome import DONE, ERROR, RESULT, TRIAL, Outcome, best_so_far, read_outcome, read_outcomes, winner
 from tune.record import record_trial
+from tune.reserved import Reserved
 from tune.trial import EPOCH
 
 
@@ -26,6 +27,7 @@ class Watch(Callback):
 
     def __init__(self, monitor: str, epochs: int, trials: int) -> None:
         self.monitor, self.epochs, self.trials = monitor, epochs, trials
+        self._reserved = Reserved()
         self._bar: Progress | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,8 +42,12 @@ class Watch(Callback):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._reserved.release_all()
         if self._bar is not None:
             self._bar.stop()
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        self._reserved.release()
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         folder = Path(trial.config["folder"])
@@ -67,6 +73,7 @@ class Watch(Callback):
         self._ended(folder)
 
     def _ended(self, folder: Path) -> None:
+        self._reserved.ended(folder)
         outcome = read_outcome(folder, self.monitor)
         console.print(self._sentence(outcome))
         record_trial(outcome, self.monitor)

@@ -1,7 +1,8 @@
 """Recurrent layers over ragged sequences.
 
-Packing is what PyTorch offers for ragged sequences, and on a CPU it is slow: it leaves the fused kernels and steps
-through Python-sized operations. Both layers avoid it there; `benchmarks/` has the figures.
+Packing is what PyTorch offers for ragged sequences, and on a CPU it is slow: it leaves the fused kernels and takes each
+step apart. Both layers avoid it there. Forward and backward of 32 sequences of 500 steps, 20 wide, one thread: the
+bidirectional GRU of 2 x 16 units takes 290 ms packed and 90 ms here, the LSTM of 16 units 185 ms packed and 13 ms here.
 
 Shapes: B batch, T time, D width, H hidden units.
 """

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmsa_dist.config import TextConfig
 from mmsa_dist.errors import ConfigError, DataError
@@ -79,7 +80,14 @@ class TextEncoder(TextReader):
     """A Hugging Face encoder: token ids to its last layer's states.
 
     Its pooler, which nothing here reads, is not built. Frozen, it stays in evaluation mode and keeps no graph.
+
+    On the CPU a batch goes through in `PARTS` parts of samples of similar length, each trimmed to its own longest:
+    transcripts are so ragged that most of a batch is padding. The result is the same; states of padding are zero.
     """
+
+    PARTS = 4
+    """Calls of the encoder a batch, fewer where it has fewer samples: under ZeRO-3 all ranks must call equally often,
+    so the number depends on the batch's size alone."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -96,8 +104,20 @@ class TextEncoder(TextReader):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
+        ids, mask = batch.values["text"], batch.mask("text")
         with nullcontext() if self.finetune else torch.no_grad():
-            return self.model(input_ids=batch.values["text"], attention_mask=batch.mask("text")).last_hidden_state
+            if ids.device.type != "cpu":  # more kernels to launch cost more there than padding does
+                return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            lengths = batch.lengths["text"]
+            order = lengths.argsort(stable=True)
+            parts = []
+            # looked up once: the gradient of the table is as large as the table, whatever the number of words
+            words = self.model.get_input_embeddings()(ids)
+            for rows in order.chunk(self.PARTS):
+                longest = int(lengths[rows[-1]])
+                part = self.model(inputs_embeds=words[rows, :longest], attention_mask=mask[rows, :longest])
+                parts.append(functional.pad(part.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
+            return torch.cat(parts)[order.argsort()]
 
 
 def encoder_width(text: TextConfig) -> int:

@@ -40,8 +40,14 @@ def store_uri(uri: str | None, runs_dir: Path) -> str:
     Relative sqlite paths become absolute: ranks have other working directories.
 
     Raises:
-        ConfigError: a plain folder, which MLflow no longer writes to, or a scheme that it does not know.
+        ConfigError: a plain folder, which MLflow no longer writes to; a scheme that it does not know; a password, which
+            would be saved with the recipe.
     """
+    if uri and shown(uri) != uri:
+        raise ConfigError(
+            f"tracking uri {shown(uri)}: it holds a user or a password, which would be saved with the run; give it in "
+            "the environment as MLFLOW_TRACKING_URI, or as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     given = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
         return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"

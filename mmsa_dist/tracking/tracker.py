@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -70,13 +70,18 @@ class Link:
     """``models:/NAME/VERSION`` once it is registered."""
 
     def save(self, run_dir: Path) -> None:
-        run_folder.write_json(run_dir / LINK, asdict(self))
+        """Without a password: that stays in the environment."""
+        run_folder.write_json(run_dir / LINK, {**asdict(self), "uri": store.shown(self.uri)})
 
     @classmethod
     def load(cls, run_dir: Path) -> "Link | None":
         """None where the run is not tracked."""
         path = run_dir / LINK
-        return cls(**run_folder.read_json(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        link = cls(**run_folder.read_json(path))
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        return replace(link, uri=given) if given and store.shown(given) == link.uri else link
 
 
 def open_tracker(run_dir: Path, rank: int = 0) -> Tracker:

@@ -175,7 +175,7 @@ def test_ray_gives_the_same_and_survives_a_kill(words: list[str], undisturbed: d
 
 @two_cpus
 def test_torchrun_gives_the_same(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    module = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "mmsa_dist")
+    module = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmsa_dist")
     run = Run(tmp_path, *words, "--launcher", "torchrun", module=module)
     assert run.result() == undisturbed
 

@@ -26,7 +26,7 @@ from mmsa_dist.errors import TrainingError
 from mmsa_dist.predictor import Predictor
 from mmsa_dist.recipe import from_dict
 from mmsa_dist.tracking import finish_run, open_run
-from mmsa_dist.tracking.models import promote, registered_name
+from mmsa_dist.tracking.models import code_paths, promote, registered_name
 from shards.index import Index
 from shards.read import ShardReader
 from shards.utterance import Utterance
@@ -151,6 +151,17 @@ print([name for name in ("ray", "deepspeed", "matplotlib") if name in sys.module
     assert all(str(files_of(reads_text)) in file for file in json.loads(told)["ours"])
     expected = predictor.predict([utterance])
     assert json.loads(told)["answer"][0]["sentiment"] == pytest.approx(float(expected["M"][0]), abs=1e-5)
+
+
+def test_a_system_of_a_third_party_brings_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_system.py").write_text(
+        "from mmsa_dist.systems.self_mm import SelfMM\nclass Theirs(SelfMM): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    roots = [Path(path) for path in code_paths("their_system:Theirs")]
+    assert [root.name for root in roots] == ["shards", "mmsa_dist", "their_system.py"]
+    assert all(root.exists() for root in roots)
+    assert len(code_paths("self_mm")) == 2
 
 
 # --- versions and aliases

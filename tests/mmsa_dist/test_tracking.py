@@ -121,6 +121,25 @@ def test_a_database_that_is_none_or_cannot_be_written_is_said(tmp_path: Path) ->
         store.connect(f"sqlite:///{tmp_path}/text.db/inside/mlflow.db")
 
 
+def test_a_password_is_never_saved(
+    runs_dir: Path, trained: tuple[Path, Recipe], server: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = server.uri.replace("//", "//user:secret@")
+    with pytest.raises(ConfigError) as raised:
+        store.store_uri(uri, runs_dir)
+    assert "MLFLOW_TRACKING_URI" in str(raised.value) and "secret" not in str(raised.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    folder, recipe = described(runs_dir, trained)
+    run_id = open_run(folder, recipe)
+    link = Link.load(folder)
+    assert link is not None and link.uri == uri and link.run_id == run_id
+    with open_tracker(folder) as tracker:
+        tracker.epoch({"train_loss": 1.0}, 1)
+    assert all(b"secret" not in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert run.data.metrics["train_loss"] == 1.0 and "secret" not in str(run.to_dictionary())
+
+
 # --- opening a run
 
 

@@ -39,15 +39,19 @@ learning rates:
     source: "one that learns, one that does not: ASHA has something to stop"
 network:
   model.layers: {choice: [2, 1], source: "paper, table 7"}
-  optim.accumulation: {choice: [1, 40], source: "40 micro-batches of 32 samples cannot be: such a trial fails"}
+  optim.accumulation: {choice: [1, 40], source: "40 micro-batches of 8 samples cannot be: such a trial fails"}
 """
 
 SWEEP = """
 import json, sys, time
+
+import ray
+
+# as on a machine with several clusters: Ray's own tidying up after stopped trials does not work without a dashboard
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
 from tune.sweep import main
 
 code = main(sys.argv[1:])
-import ray
 
 total, began = ray.cluster_resources()["CPU"], time.monotonic()
 while ray.available_resources().get("CPU", 0.0) < total and time.monotonic() - began < 60:
@@ -86,28 +90,15 @@ def clean() -> dict[str, str]:
 def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """Four trials, two at a time, in a process and a cluster of their own."""
     folder = tmp_path_factory.mktemp("sweep")
-    space = folder / "space.yaml"
+    runs, space, recipe = folder / "runs", folder / "space.yaml", folder / "recipe.yaml"
     space.write_text(SPACE)
-    runs = folder / "runs"
-    arguments = ["ufen_mtfn", "--data", str(data), "--space", str(space), "--trials", "4", "--epochs", "4"]
-    arguments += [
-        "--grace",
-        "1",
-        "--max-concurrent",
-        "2",
-        "--runs-dir",
-        str(runs),
-        "--alias",
-        "champion",
-        "--seed",
-        "5",
-    ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment |= {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-c", SWEEP, *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+    rates = dict.fromkeys(("audio", "vision", "rest"), 5.0e-3)
+    recipe.write_text(yaml.safe_dump({"optim": {"lr": {"text": 5.0e-5, **rates}}, "data": {"batch_size": 8}}))
+    # this seed draws: 2 one that learns, 3 one that fails, 4 one that learns nothing
+    options = ["--trials=4", "--epochs=3", "--grace=1", "--max-concurrent=2", "--seed=10", "--alias=champion"]
+    paths = ["--data", str(data), "--recipe", str(recipe), "--space", str(space), "--runs-dir", str(runs)]
+    command = [sys.executable, "-c", SWEEP, "ufen_mtfn", *paths, *options]
+    done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (sweep,) = runs.glob("sweep-ufen_mtfn-*")
     after = json.loads(done.stdout.strip().splitlines()[-1])
@@ -495,24 +486,6 @@ def test_what_the_cluster_cannot_do_is_one_sentence_and_an_exit_code(
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.splitlines()[-1].startswith(message) and "Traceback" not in done.stderr
-
-
-@ray
-def test_a_cluster_without_a_dashboard_is_refused(data: Path, tmp_path: Path) -> None:
-    script = "import ray, sys\nray.init('local', num_cpus=1, include_dashboard=False, logging_level='error')\n"
-    script += "from mmsa_dist.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "sweep", "ufen_mtfn", "--data", str(data), "--tracking.no-enabled"]
-    done = subprocess.run(
-        [*command, "--runs-dir", str(tmp_path)],
-        cwd=REPOSITORY,
-        env=clean(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "error: the Ray cluster has no dashboard that answers" in done.stderr
 
 
 def test_without_a_system_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
