@@ -2,8 +2,8 @@
 
 Both train Self-MM and UFEN-MTFN from their packaged MOSI recipes on generated MOSI-size data, one rank, one thread,
 ZeRO-1. The bare loop is what one would write by hand: forward, loss, backward, torch AdamW, over batches that
-our loader made in memory beforehand. CPU-seconds of the training process are compared, epoch by epoch in turn; first epochs are
-left out.
+our loader made in memory beforehand. CPU-seconds of the training process are compared, epoch by epoch in turn; first
+epochs are left out.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise ConfigError(f"--resume {folder}: there is no run (no recipe.yaml); give a folder under runs/")
-    if (folder / "result.json").is_file():
+    if (folder / "result.json").is_file() and not unrecorded(folder):
         raise ConfigError(f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}")
     old = read_recipe(saved)
     if system not in (None, old.system):
@@ -101,6 +101,14 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
         )
     run_folder.write_text(saved, yaml.safe_dump(new.dump(), sort_keys=False))
     return folder.resolve(), new
+
+
+def unrecorded(folder: Path) -> bool:
+    """Whether a finished run still has to be recorded: MLflow was away at its end."""
+    from mmsa_dist.tracking import Link
+
+    link = Link.load(folder)
+    return link is not None and not link.model
 
 
 def systems(argv: list[str]) -> int:

@@ -16,8 +16,8 @@ from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System, get_system
-from shards.index import Index
 from shards.batch import BatchSpec
+from shards.index import Index
 from shards.loader import Loader
 from shards.plan import Plan, training_plan
 from shards.read import ShardReader

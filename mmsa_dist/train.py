@@ -30,8 +30,11 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
     folder = folder or prepare(recipe, index, runs_dir, name)
     print(f"run {folder}")
     print(session.sentence(session.arithmetic(recipe, index)))
-    with ended(recipe, folder), Follower(folder, recipe.train.monitor):
-        result = launch.run(recipe, folder)
+    if (folder / "result.json").is_file():
+        result = run_folder.read_json(folder / "result.json")
+    else:
+        with ended(recipe, folder), Follower(folder, recipe.train.monitor):
+            result = launch.run(recipe, folder)
     conclude(recipe, folder, result)
     return result
 
@@ -92,7 +95,8 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
             from mmsa_dist.tracking import end_run
 
             end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        if isinstance(error, KeyboardInterrupt | TransientError) and any((folder / "checkpoints").glob("step-*")):
+        stopped = isinstance(error, KeyboardInterrupt | TransientError)
+        if stopped and any((folder / "checkpoints").glob("step-*")):
             print(f"go on with: mmsa-dist train --resume {folder}", file=sys.stderr)
         raise
 
@@ -107,7 +111,12 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import finish_run
 
-        published = finish_run(folder, recipe)
+        try:
+            published = finish_run(folder, recipe)
+        except TransientError as error:
+            raise TransientError(
+                f"{error}; the run itself is whole: record it later with mmsa-dist train --resume {folder}"
+            ) from error
     if published and published.name:
         named = ", ".join(f"@{alias}" for alias in published.aliases)
         print(f"registered {published.uri}" + (f" as {named}" if named else ""))

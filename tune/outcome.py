@@ -42,13 +42,15 @@ class Outcome:
 def read_outcome(folder: Path, monitor: str) -> Outcome:
     """The outcome of the trial in `folder`, judged by the validation metric `monitor`."""
     trial = run_folder.read_json(folder / TRIAL)
-    error = run_folder.read_json(folder / ERROR)["message"] if (folder / ERROR).is_file() else None
+    error = None
     if (folder / RESULT).is_file():
         status = DONE
-    elif error is not None:
-        status = FAILED
+    elif trial.get("stopped"):  # what its processes say of being killed then is no failure
+        status = STOPPED
+    elif (folder / ERROR).is_file():
+        status, error = FAILED, run_folder.read_json(folder / ERROR)["message"]
     else:
-        status = STOPPED if trial.get("stopped") else INTERRUPTED
+        status = INTERRUPTED
     best, best_epoch, epochs = best_so_far(folder, monitor)
     return Outcome(folder, trial["number"], trial["values"], status, best, best_epoch, epochs, error)
 

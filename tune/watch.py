@@ -10,7 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmsa_dist import run_folder
 from mmsa_dist.report import value_text
 from shards.progress import console
-from tune.outcome import DONE, ERROR, RESULT, TRIAL, Outcome, best_so_far, read_outcome, read_outcomes, winner
+from tune.outcome import (
+    DONE,
+    ERROR,
+    FAILED,
+    RESULT,
+    STOPPED,
+    TRIAL,
+    Outcome,
+    best_so_far,
+    read_outcome,
+    read_outcomes,
+    winner,
+)
 from tune.record import record_trial
 from tune.reserved import Reserved
 from tune.trial import EPOCH
@@ -95,11 +107,6 @@ def spare_disk(trials_dir: Path, monitor: str) -> None:
     outcomes = read_outcomes(trials_dir, monitor)
     best = winner(outcomes, monitor)
     for outcome in outcomes:
-        ended = outcome.status == DONE or (outcome.folder / ERROR).is_file() or _stopped(outcome.folder)
-        if ended and outcome != best:
+        if outcome.status in (DONE, STOPPED, FAILED) and outcome != best:
             for part in ("checkpoints", "best", "ray"):
                 shutil.rmtree(outcome.folder / part, ignore_errors=True)
-
-
-def _stopped(folder: Path) -> bool:
-    return bool(run_folder.read_json(folder / TRIAL).get("stopped"))

@@ -211,7 +211,8 @@ def test_long_values_are_cut_to_what_mlflow_takes(runs_dir: Path, trained: tuple
 
 def test_child_of_another_run(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
     client = client_of(runs_dir)
-    parent = client.create_run(client.create_experiment("sweep")).info.run_id
+    location = (runs_dir / "artifacts").as_uri()
+    parent = client.create_run(client.create_experiment("sweep", artifact_location=location)).info.run_id
     folder, recipe = described(runs_dir, trained, parent=parent, experiment="sweep")
     run_id = open_run(folder, recipe)
     run = client.get_run(run_id)
