@@ -222,7 +222,8 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     environment = {**RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker)}
     local: dict[str, Any] = {}
     if address is None:
-        local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+        local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
+        local |= {"dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}  # of no use to others
     try:
         ray.init(
             address=address or "local",

@@ -1,6 +1,7 @@
 """What became of a trial, read from the folder it left: the sweep's memory is on disk, not in a process.
 
 ``trial.json`` is written when a trial is drawn, ``error.json`` where it failed; all else is an ordinary run folder.
+A trial that is stopped early may train a little on before its ranks end: only the epochs it was judged by count.
 """
 
 from collections.abc import Iterable
@@ -45,13 +46,13 @@ def read_outcome(folder: Path, monitor: str) -> Outcome:
     error = None
     if (folder / RESULT).is_file():
         status = DONE
-    elif trial.get("stopped"):  # what its processes say of being killed then is no failure
+    elif "stopped" in trial:  # what its processes say of being killed then is no failure
         status = STOPPED
     elif (folder / ERROR).is_file():
         status, error = FAILED, run_folder.read_json(folder / ERROR)["message"]
     else:
         status = INTERRUPTED
-    best, best_epoch, epochs = best_so_far(folder, monitor)
+    best, best_epoch, epochs = best_so_far(folder, monitor, trial.get("stopped") if status == STOPPED else None)
     return Outcome(folder, trial["number"], trial["values"], status, best, best_epoch, epochs, error)
 
 
@@ -61,12 +62,12 @@ def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: outcome.number)
 
 
-def best_so_far(folder: Path, monitor: str) -> tuple[float | None, int, int]:
-    """A run's best validation result yet, its epoch, and the number of epochs it ran."""
+def best_so_far(folder: Path, monitor: str, until: int | None = None) -> tuple[float | None, int, int]:
+    """A run's best validation result yet (until epoch `until`), its epoch, and the number of epochs it ran."""
     best: float | None = None
     best_epoch = epochs = 0
     for event in run_folder.read_events(folder):
-        if event["event"] == "epoch":
+        if event["event"] == "epoch" and (until is None or event["epoch"] <= until):
             epochs = max(epochs, event["epoch"])
             if is_better(monitor, event["valid"].get(monitor), best):
                 best, best_epoch = event["valid"][monitor], event["epoch"]

@@ -4,6 +4,7 @@ Trials see train and valid only. The test split is read once, by the trial that 
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,11 @@ def _idle(key: str, recipe: Recipe, index: Index) -> str:
 
 
 def _stored_in(recipe: Recipe, runs_dir: Path) -> Recipe:
-    """`recipe` with its MLflow store spelt out: a trial's folder lies deeper than a run's."""
-    if not recipe.tracking.enabled:
+    """`recipe` with its MLflow store spelt out: a trial's folder lies deeper than a run's.
+
+    A store from the environment stays there: it may hold a password, which no recipe may.
+    """
+    if not recipe.tracking.enabled or (recipe.tracking.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
         return recipe
     from mmsa_dist.tracking import store
 

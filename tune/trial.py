@@ -45,7 +45,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
         if (folder / RESULT).is_file():
             return
         error = launch.diagnose(folder, outcome)
-        stopped = run_folder.read_json(folder / TRIAL).get("stopped", False)  # its ranks were taken from it
+        stopped = "stopped" in run_folder.read_json(folder / TRIAL)  # its ranks were taken from it
         if stopped or not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
             raise error
 

@@ -73,7 +73,8 @@ class Watch(Callback):
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         folder = Path(trial.config["folder"])
         if not (folder / RESULT).is_file():
-            run_folder.write_json(folder / TRIAL, {**run_folder.read_json(folder / TRIAL), "stopped": True})
+            judged = (trial.last_result or {}).get(EPOCH, 0)
+            run_folder.write_json(folder / TRIAL, {**run_folder.read_json(folder / TRIAL), "stopped": judged})
         self._ended(folder)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

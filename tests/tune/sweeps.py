@@ -1,0 +1,45 @@
+"""What the tests of sweeps share: a small space, a small recipe, an environment of their own."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist.recipe import Recipe, from_dict
+from tune.space import Space
+
+REPOSITORY = Path(__file__).parents[2]
+
+SPACE = """
+system: ufen_mtfn
+learning rates:
+  optim.lr.audio, optim.lr.vision, optim.lr.rest:
+    choice: [5.0e-3, 1.0e-8]
+    source: "one that learns, one that does not: ASHA has something to stop"
+network:
+  model.layers: {choice: [2, 1], source: "paper, table 7"}
+  optim.accumulation: {choice: [1, 40], source: "40 micro-batches of 8 samples cannot be: such a trial fails"}
+"""
+
+
+def clean() -> dict[str, str]:
+    """The environment without what would send a sweep to somebody's cluster or MLflow server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return kept | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+
+
+def tiny(path: Path, /, **changes: dict[str, Any]) -> Recipe:
+    values: dict[str, Any] = {
+        "system": "ufen_mtfn",
+        "data": {"path": str(path)},
+        "optim": {"lr": {"text": 5e-5, "audio": 5e-3, "vision": 5e-3, "rest": 5e-3}},
+        "train": {"epochs": 2},
+        "tracking": {"enabled": False},
+    }
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value}
+    return from_dict(values)
+
+
+def searched(tmp_path: Path, text: str = SPACE) -> Space:
+    (tmp_path / "space.yaml").write_text(text)
+    return Space.load("ufen_mtfn", tmp_path / "space.yaml")
