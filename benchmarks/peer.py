@@ -129,6 +129,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session, write_description
     from mmsa_dist.tracking import NullTracker
+    from mmsa_dist.worker import keep_freed_memory
     from shards.index import Index
 
     class CpuEvents(run_folder.Events):
@@ -149,6 +150,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
                 self.epochs.append(self.stepped - self.begun)
                 self.begun = cpu_seconds()
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     recipe = load_recipe("self_mm", None, overrides(folder, epochs))
     index = Index.load(folder / "shards")
