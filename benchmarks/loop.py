@@ -92,10 +92,8 @@ def both_loops(config: dict[str, Any]) -> None:
     from mmsa_dist.recipe import from_dict
     from mmsa_dist.session import open_session
     from mmsa_dist.systems import get_system
-    from mmsa_dist.worker import keep_freed_memory
     from shards.plan import share
 
-    keep_freed_memory()  # for both
     torch.set_num_threads(1)
     recipe = from_dict(config["recipe"])
     folder = Path(config["folder"])

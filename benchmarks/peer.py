@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, Row, portable, record
+from mmsa_dist.launch import RANK_ENVIRONMENT
 
 LAYERS = 2
 MICRO_BATCH, ACCUMULATION = 16, 4
@@ -57,7 +58,8 @@ def main() -> None:
         for _ in range(options.rounds):
             peer = last_json(shlex.split(options.peer_command))
             ours = last_json(
-                [sys.executable, "-m", "benchmarks.peer", "--measure", name, "--epochs", str(options.epochs)]
+                [sys.executable, "-m", "benchmarks.peer", "--measure", name, "--epochs", str(options.epochs)],
+                {**RANK_ENVIRONMENT, **ENVIRONMENT},
             )
             rounds.append({"peer": peer, "ours": ours, "ratio": rate(ours) / rate(peer)})
             print(
@@ -101,9 +103,9 @@ def rate(result: dict[str, Any]) -> float:
     return float(result["n_train"]) / min(result["train_cpu_s"])
 
 
-def last_json(command: list[str]) -> dict[str, Any]:
+def last_json(command: list[str], environment: dict[str, str] = ENVIRONMENT) -> dict[str, Any]:
     """Runs `command` and reads the last line it prints."""
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: {shlex.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -129,7 +131,6 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session, write_description
     from mmsa_dist.tracking import NullTracker
-    from mmsa_dist.worker import keep_freed_memory
     from shards.index import Index
 
     class CpuEvents(run_folder.Events):
@@ -150,7 +151,6 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
                 self.epochs.append(self.stepped - self.begun)
                 self.begun = cpu_seconds()
 
-    keep_freed_memory()
     torch.set_num_threads(1)
     recipe = load_recipe("self_mm", None, overrides(folder, epochs))
     index = Index.load(folder / "shards")

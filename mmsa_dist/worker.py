@@ -4,7 +4,6 @@ Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_
 the local launcher, with RANK, WORLD_SIZE, MMSA_RENDEZVOUS (a file) and MMSA_LAUNCHER (a pid) in its environment.
 """
 
-import ctypes
 import datetime
 import json
 import os
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from mmsa_dist.loop import Report
     from mmsa_dist.recipe import Recipe
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Settings of glibc's malloc, from malloc.h."""
-
 
 def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Report | None" = None) -> dict[str, Any]:
     """Trains as rank `rank` of `world`, in a process group that exists already.
@@ -37,7 +33,6 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
     try:
         import torch
 
-        keep_freed_memory()
         torch.set_num_threads(recipe.launch.cpus_per_worker)
         from mmsa_dist.loop import fit
         from mmsa_dist.session import open_session
@@ -54,19 +49,6 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         raise
     finally:
         events.close()
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory of freed tensors for the next ones.
-
-    By default glibc gives every freed large block back to the kernel, so each step on the CPU faults its activations
-    in anew: a sixth to a third of a rank's CPU time went to that. Elsewhere than on glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def record_failure(folder: Path, rank: int, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""A smoke of `make real`: a part of real CMU-MOSI, a pretrained encoder that is fine-tuned, both systems, the whole way.
+"""A smoke of `make real`: a part of real CMU-MOSI, a pretrained encoder fine-tuned, both systems, the whole way.
 
 The metrics of the whole set are not for a test: `make real` writes them into README.md.
 """
