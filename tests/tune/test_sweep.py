@@ -22,7 +22,8 @@ import json, sys, time
 import ray
 
 # as on a machine with several clusters: Ray's own tidying up after stopped trials does not work without a dashboard
-ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", logging_level="error", log_to_driver=False, include_dashboard=False)
+quiet = {"logging_level": "error", "log_to_driver": False}
+ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
 from tune.sweep import main
 
 code = main(sys.argv[1:])
