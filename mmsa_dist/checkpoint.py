@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder a step, whole or not there at all.
 
-A folder is written under a hidden name, fsynced, given its manifest (sizes and sha256) last, then renamed. A folder
-without a manifest does not exist; one whose bytes disagree with it is passed over for the one before.
+A folder is written under a hidden name, fsynced, given its manifest (sizes and sha256) last, then renamed. Before ranks
+start, `tidy` puts aside what a kill cut short or a disk has damaged, so that ranks and retention see whole ones only.
 """
 
 import hashlib
@@ -16,10 +16,12 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmsa_dist.errors import DataError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, TransientError
 from mmsa_dist.portable import MOMENTS, State
 
 SCHEMA = 1
+
+FILES = ("weights.safetensors", "optimizer.safetensors", "labels.safetensors", "progress.json")
 
 
 @dataclass
@@ -63,28 +65,77 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         for path in partial.iterdir():
             _fsync(path)
         _fsync(partial)
+        replaced = partial.with_name(f"{partial.name}-replaced")
         if target.exists():  # the same step, saved by an attempt that was killed after it
-            shutil.rmtree(target)
+            target.rename(replaced)
         partial.rename(target)
         _fsync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TransientError(
-            f"{target}: the checkpoint cannot be written: {error}; the one before is whole. "
-            "Free space or choose another folder with --runs-dir, then go on with --resume"
+            f"{target}: the checkpoint cannot be written: {error}; "
+            f"{'the one before is whole' if saved(folder) else 'there is none before it'}. "
+            "Free space, then go on with --resume, or begin anew in another --runs-dir"
         ) from error
     _retain(folder, keep, best_step)
     return target
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in `folder`, None where there is none. Partial ones are removed."""
+def tidy(folder: Path) -> list[str]:
+    """Removes partial checkpoints and puts damaged ones aside; gives a sentence about each of those.
+
+    To be called by one process, before ranks start.
+
+    Raises:
+        ConfigError: one was written by a newer version. DataError: there are checkpoints, but none is whole.
+    """
     for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        if damage(path) is None:
-            return load(path)
-    return None
+    faults = {path: fault for path in saved(folder) if (fault := damage(path)) is not None}
+    newer = [path for path, fault in faults.items() if fault.startswith(NEWER)]
+    if newer:
+        raise ConfigError(f"{newer[0]}: {faults[newer[0]]}; go on with that version, or train it as a new run")
+    if faults and len(faults) == len(saved(folder)):
+        path, fault = max(faults.items())
+        raise DataError(
+            f"{path}: {fault}, and no older checkpoint is whole; train it as a new run, or remove {folder} to begin "
+            "this one anew"
+        )
+    sentences = []
+    for path, fault in faults.items():
+        aside = path.with_name(f".damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        sentences.append(f"{path}: {fault}; it is put aside as {aside.name}, the newest whole one before it is used")
+    return sentences
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoints by age, the newest last; after `tidy`, each as it was written."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in `folder`, None where there is none.
+
+    Raises:
+        DataError: it is not whole.
+    """
+    paths = saved(folder)
+    return load(paths[-1]) if paths else None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights alone of the checkpoint at `path`.
+
+    Raises:
+        DataError: they are not as they were written.
+    """
+    fault = damage(path, ("weights.safetensors",))
+    if fault is not None:
+        raise DataError(f"{path}: {fault}; use an older checkpoint of the run, or train it again")
+    return load_file(path / "weights.safetensors")
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,27 +157,30 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, None where all its bytes agree with its manifest."""
+def damage(path: Path, files: tuple[str, ...] = FILES) -> str | None:
+    """What is wrong with the checkpoint at `path`, None where all bytes of `files` agree with its manifest."""
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return "no manifest.json: it was never finished"
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        schema, files = content["schema"], content["files"]
-    except (ValueError, KeyError, OSError):
+        if int(content["schema"]) > SCHEMA:
+            return f"{NEWER} (schema {content['schema']}, this one reads {SCHEMA})"
+        expected = {name: (int(content["files"][name]["bytes"]), content["files"][name]["sha256"]) for name in files}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return "manifest.json cannot be read"
-    if schema > SCHEMA:
-        return f"written by a newer mmsa-dist (schema {schema}, this one reads {SCHEMA})"
-    for name, expected in files.items():
+    for name, (size, sha256) in expected.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _fingerprint(file) != expected:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+        if _fingerprint(file)["sha256"] != sha256:
             return f"{name} differs from its sha256"
     return None
+
+
+NEWER = "written by a newer mmsa-dist"
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -135,7 +189,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def _retain(folder: Path, keep: int, best_step: int | None) -> None:
     best = None if best_step is None else step_folder(folder, best_step)
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+    for path in saved(folder)[:-keep]:
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
 

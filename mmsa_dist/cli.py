@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from mmsa_dist import run_folder
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import Recipe, differences, load_recipe, packaged, read_recipe
+from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, packaged, read_recipe
 
 TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
        mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
@@ -93,13 +92,12 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
     if system not in (None, old.system):
         raise ConfigError(f"--resume {folder}: the run trains {old.system!r}, not {system!r}")
     new = load_recipe(old.system, recipe_file or str(saved), overrides)
-    changed = differences(old, new)
+    changed = differences(absolute(old), absolute(new))
     if changed:
         raise ConfigError(
             f"--resume {folder}: the recipe differs where it would change results: {'; '.join(changed)}. "
             "Train it as a new run instead"
         )
-    run_folder.write_text(saved, yaml.safe_dump(new.dump(), sort_keys=False))
     return folder.resolve(), new
 
 

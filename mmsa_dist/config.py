@@ -52,13 +52,13 @@ class DataConfig(Strict):
 class GroupValues(Strict):
     """One value per parameter group."""
 
-    text: float
+    text: float = Field(ge=0, allow_inf_nan=False)
     """The text encoder."""
-    audio: float
+    audio: float = Field(ge=0, allow_inf_nan=False)
     """The audio subnetwork."""
-    vision: float
+    vision: float = Field(ge=0, allow_inf_nan=False)
     """The vision subnetwork."""
-    rest: float
+    rest: float = Field(ge=0, allow_inf_nan=False)
     """Everything else."""
 
 
@@ -71,6 +71,9 @@ class LabelConfig(Strict):
     """Count a label of exactly zero with the positive ones, instead of with neither."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Strict):
     """The optimizer, its parameter groups and its schedule."""
 
@@ -80,15 +83,15 @@ class OptimConfig(Strict):
     """Learning rate per group."""
     weight_decay: GroupValues = GroupValues(text=0.01, audio=0.0, vision=0.0, rest=0.0)
     """Weight decay per group; the text encoder's biases and layer norms get none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Adam's epsilon."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How learning rates go from their value to zero over the run, after the warm-up."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps over which learning rates rise from zero."""
-    clip: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Greatest norm of the gradient; 0 does not clip."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches that a rank sums before a step; the global batch stays `data.batch_size`."""
@@ -131,7 +134,7 @@ class LaunchConfig(Strict):
     """GPUs a rank reserves."""
     max_failures: int = Field(default=2, ge=0)
     """How often ranks that died are started again from the last checkpoint."""
-    timeout: float = Field(default=1800.0, gt=0)
+    timeout: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Seconds after which a collective that does not return is an error."""
 
 

@@ -5,14 +5,16 @@ same loss and the same update.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
-
 import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -137,7 +139,7 @@ class Engine:
         """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.
 
         Raises:
-            TrainingError: the loss is not finite on some rank; no rank has stepped.
+            TrainingError: the loss or the gradient is not finite on some rank; no rank has stepped.
         """
         self.engine.train()
         lr = self._set_learning_rates()
@@ -155,14 +157,19 @@ class Engine:
             self.engine.backward(losses.total)
             if last:
                 total = self._agree(total / len(batches), batches)
+                norm = self._norm_before_step(batches)
             self.engine.step()
-        self.steps += 1
         assert total is not None
         values = total.tolist()
-        norm = self.engine.get_global_grad_norm()
+        skipped = bool(getattr(self.engine.optimizer, "overflow", False))  # DeepSpeed has asked all ranks
+        if self.stage:
+            norm = self.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
-        if norm is not None and norm != norm:
-            raise TrainingError(f"step {self.steps}: the gradient is not finite though the loss is ({values[0]:g})")
+        if self.dtype == torch.float16 and skipped:  # the loss scale was too high: it is lowered, nothing was learnt
+            return Step(values[0], dict(zip(names, values[1:], strict=True)), lr, None, predictions)
+        if skipped or (norm is not None and not math.isfinite(norm)):
+            raise self._not_finite("gradient", batches)
+        self.steps += 1
         return Step(values[0], dict(zip(names, values[1:], strict=True)), lr, norm, predictions)
 
     @torch.no_grad()
@@ -195,6 +202,26 @@ class Engine:
             {k: v.float() for k, v in prediction.tasks.items()}, {k: v.float() for k, v in prediction.features.items()}
         )
 
+    def _norm_before_step(self, batches: Sequence[Batch]) -> float | None:
+        """The gradient's norm at stage 0, which steps on any gradient; the other stages look for themselves, and skip.
+
+        Raises:
+            TrainingError: it is not finite; on every rank, as gradients are reduced already.
+        """
+        if self.stage:
+            return None
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.system.parameters() if p.grad is not None]))
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient", batches)
+        return norm
+
+    def _not_finite(self, what: str, batches: Sequence[Batch], own: str = "") -> TrainingError:
+        return TrainingError(
+            f"step {self.steps + 1}: the {what} is not finite ({own or 'keys ' + _keys(batches)}); no rank has stepped "
+            "and no checkpoint was written. Lower the learning rates (--optim.lr.*), clip the gradient "
+            "(--optim.clip 1) or look at these samples"
+        )
+
     def _set_learning_rates(self) -> dict[str, float]:
         factor = self.factor(self.steps)
         for group in self.engine.optimizer.param_groups:
@@ -206,12 +233,8 @@ class Engine:
         mean = row / dist.get_world_size()
         dist.all_reduce(mean)
         if not bool(torch.isfinite(mean).all()):
-            own = "this rank's loss is finite" if bool(torch.isfinite(row).all()) else f"keys {_keys(batches)}"
-            raise TrainingError(
-                f"step {self.steps + 1}: the loss is not finite ({own}); no rank has stepped and no checkpoint was "
-                "written. Lower the learning rates (--optim.lr.*), clip the gradient (--optim.clip 1) or look "
-                "at these samples"
-            )
+            finite = bool(torch.isfinite(row).all())
+            raise self._not_finite("loss", batches, "this rank's loss is finite" if finite else "")
         return mean
 
 

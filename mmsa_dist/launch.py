@@ -5,16 +5,15 @@ Three ways to run the same rank: Ray Train, processes of this machine, or torchr
 
 import json
 import os
-import shutil
+import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from mmsa_dist import run_folder
+from mmsa_dist import checkpoint, run_folder
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
 
@@ -45,8 +44,8 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """
     start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
     for attempt in range(recipe.launch.max_failures + 1):
-        shutil.rmtree(folder / "failures", ignore_errors=True)
-        outcome = start(recipe, folder, attempt)
+        make_ready(folder)
+        outcome = start(recipe, folder)
         if (folder / "result.json").is_file():
             return dict(run_folder.read_json(folder / "result.json"))
         error = diagnose(folder, outcome)
@@ -59,10 +58,25 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     raise AssertionError("unreachable")
 
 
-def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
+def make_ready(folder: Path) -> None:
+    """Clears what an attempt that ended badly has left in a run's folder; its failures stay, under a number.
+
+    Raises:
+        ConfigError, DataError: no checkpoint can be gone on from.
+    """
+    if (folder / "failures").is_dir():
+        past = len(list(folder.glob("failures-*")))
+        (folder / "failures").rename(folder / f"failures-{past + 1}")
+    for stale in folder.glob(".rendezvous-*"):
+        stale.unlink()
+    for sentence in checkpoint.tidy(folder / "checkpoints"):
+        print(sentence, file=sys.stderr)
+
+
+def run_local(recipe: Recipe, folder: Path) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
     world = recipe.launch.workers
-    rendezvous = Path(tempfile.mkdtemp(prefix="mmsa-")) / "rendezvous"
+    rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
     processes: list[subprocess.Popen[bytes]] = []
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
@@ -84,7 +98,10 @@ def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
             with (logs / f"rank-{rank}.log").open("ab") as log:
                 command = [sys.executable, "-m", "mmsa_dist.worker", str(folder)]
                 processes.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                    # the run's lock is inherited: until all its ranks are gone nobody else may take the run up
+                    subprocess.Popen(
+                        command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, close_fds=False
+                    )
                 )
         return _wait(processes)
     finally:
@@ -93,7 +110,7 @@ def run_local(recipe: Recipe, folder: Path, attempt: int) -> str:
                 process.kill()
         for process in processes:
             process.wait()
-        shutil.rmtree(rendezvous.parent, ignore_errors=True)
+        rendezvous.unlink(missing_ok=True)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
@@ -114,14 +131,17 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
         time.sleep(0.05)
 
 
-def run_ray(recipe: Recipe, folder: Path, attempt: int) -> str:
+def run_ray(recipe: Recipe, folder: Path) -> str:
     """Ranks as Ray Train workers, in a cluster that is there or one of our own."""
     import ray
 
     connect(recipe)
-    check_cpus(recipe, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster")
+    has = ray.cluster_resources()
+    check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
+    check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
     try:
-        trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{attempt}")
+        # a name of its own: Ray resumes a run whose name it has seen, from what it knows of it
+        trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{secrets.token_hex(3)}")
         trainer.fit()
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
         return f"Ray Train: {type(error).__name__}: {first_line(str(error))}"
@@ -172,6 +192,8 @@ def train_function(config: dict[str, Any]) -> None:
     if config["report"] and context.get_world_rank() == 0:
         note_reservation(Path(config["folder"]))
     recipe = from_dict(config["recipe"])
+    if not recipe.launch.gpus_per_worker:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rank without a GPU of its own takes nobody else's
     run_rank(
         Path(config["folder"]),
         recipe,
@@ -197,11 +219,15 @@ def check_place(recipe: Recipe) -> None:
     """What can be known of the place before anything is written: this machine's CPUs, or whether the cluster answers.
 
     Raises:
-        ConfigError: more CPUs asked for than there are. TransientError: the address does not answer.
+        ConfigError: more CPUs or GPUs asked for than there are. TransientError: the address does not answer.
     """
     address = cluster_address(recipe)
     if recipe.launch.launcher == "local" or (recipe.launch.launcher == "ray" and address is None):
         check_cpus(recipe, _own_cpus(), "this machine")
+        if recipe.launch.gpus_per_worker:
+            import torch
+
+            check_gpus(recipe, torch.cuda.device_count(), "this machine")
     elif recipe.launch.launcher == "ray" and address not in (None, "auto"):
         check_address(str(address))
 
@@ -279,6 +305,22 @@ def check_cpus(recipe: Recipe, cpus: int, where: str) -> None:
         )
 
 
+def check_gpus(recipe: Recipe, gpus: float, where: str) -> None:
+    """The same for GPUs.
+
+    Raises:
+        ConfigError: more GPUs asked for than there are.
+    """
+    launch = recipe.launch
+    needed = launch.workers * launch.gpus_per_worker
+    if needed > gpus:
+        raise ConfigError(
+            f"launch.gpus_per_worker: {launch.workers} workers x {launch.gpus_per_worker:g} GPUs need {needed:g} GPUs, "
+            f"{where} has {gpus:g}; leave --launch.gpus-per-worker out, lower --workers, or name a larger cluster "
+            "(--address)"
+        )
+
+
 def _own_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -290,7 +332,7 @@ def diagnose(folder: Path, outcome: str) -> MmsaError:
         try:
             entries.append(json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError:
-            continue
+            outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
     own = [entry for entry in entries if entry["exit_code"] is not None]
     if own:
         kinds: dict[int, type[MmsaError]] = {

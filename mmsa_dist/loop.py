@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist.errors import TrainingError
 from mmsa_dist.evaluation import evaluate, save_predictions
 from mmsa_dist.run_folder import Events
 from mmsa_dist.session import Session
@@ -84,10 +84,20 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
 
 
 def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
-    """The best epoch's weights: kept, evaluated on validation and, once, on the test split."""
-    best = checkpoint.step_folder(session.folder / "checkpoints", state.best_step) / "weights.safetensors"
+    """The best epoch's weights: kept, evaluated on validation and, once, on the test split.
+
+    Raises:
+        TrainingError: no epoch had a defined validation result. DataError: the best checkpoint is damaged.
+    """
+    if not state.best_step:
+        monitor = session.recipe.train.monitor
+        raise TrainingError(
+            f"train.monitor: {monitor} was undefined on validation in all {state.epoch - 1} epochs (constant "
+            "predictions or labels, or a single sample); use --train.monitor mae, or lower the learning rates"
+        )
+    best = checkpoint.step_folder(session.folder / "checkpoints", state.best_step)
     dist.barrier()  # rank 0 may still be writing it
-    session.engine.load_weights(load_file(best))
+    session.engine.load_weights(checkpoint.load_weights(best))
     result: dict[str, Any] = {
         "system": session.recipe.system, "data": session.index.name, "synthetic": session.index.synthetic,
         "fingerprint": session.index.fingerprint, "selected_on": f"validation {session.recipe.train.monitor}",
@@ -100,7 +110,7 @@ def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
         if session.rank == 0:
             save_predictions(session, split, evaluation)
     if session.rank == 0:
-        keep_best(best, session.folder / "best")
+        keep_best(best / "weights.safetensors", session.folder / "best")
         run_folder.write_json(session.folder / "result.json", result)  # last: a run with a result is a finished one
     events.write("end", **result)
     return result

@@ -40,7 +40,7 @@ class Recipe(Strict):
     """The configuration of a run."""
 
     system: tyro.conf.Suppress[str] = ""
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, lt=2**63)
     """Of the weights, the order of samples and dropout."""
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
@@ -56,6 +56,16 @@ class Recipe(Strict):
     def dump(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         return self.model_dump(mode="json")
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """`recipe` with the paths of this machine spelt out: ranks, and whoever resumes, run in other folders."""
+    data, text = recipe.data, recipe.text
+    if data.path:
+        data = data.model_copy(update={"path": str(Path(data.path).resolve())})
+    if text.encoder and Path(text.encoder).is_dir():
+        text = text.model_copy(update={"encoder": str(Path(text.encoder).resolve())})
+    return recipe.model_copy(update={"data": data, "text": text})
 
 
 @cache
@@ -270,5 +280,20 @@ ALIASES = (
 
 
 def _readable(text: str) -> str:
-    """tyro's boxed message as one line."""
-    return " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split()) or "the command line cannot be understood; see --help"
+    """tyro's boxed message as one line: of a value that is refused its key and why, without the box and the manual."""
+    line = " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split())
+    line = re.sub(r" For further information visit \S+", "", line)
+    if refused := re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*)", line):
+        parts = [] if refused[1] == "Recipe" else [refused[1]]
+        found = re.findall(
+            r"(?:(\S+) )?(Input [^\[]*|Value error, [^\[]*) \[type=\w+, input_value=(.*?), input_", refused[2]
+        )
+        if found:
+            sentences = [
+                (".".join([*parts, key] if key else parts).replace("-", "_"), why.removeprefix("Value error, "), value)
+                for key, why, value in found
+            ]
+            return "; ".join(f"`{key}`: {why[0].lower()}{why[1:]}, found {value}" for key, why, value in sentences)
+    line = re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options) ", "", line)
+    line = re.sub(r" ?(Argument helptext: |For full helptext, ).*", "", line)
+    return line or "the command line cannot be understood; see --help"

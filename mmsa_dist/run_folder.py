@@ -3,12 +3,17 @@
 ``recipe.yaml plan.json environment.json data.json events/rank-*.jsonl checkpoints/ best/ predictions/ result.json``
 """
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +22,8 @@ from typing import Any, TextIO
 import yaml
 
 from mmsa_dist.errors import ConfigError, TransientError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("mmsa-dist", "torch", "deepspeed", "ray", "mlflow", "transformers", "safetensors", "numpy")
 
@@ -62,6 +69,40 @@ def environment() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def locked(folder: Path, patience: float = 5.0) -> Iterator[None]:
+    """Holds the run in `folder` for this process and its local ranks; the system lets go of it when they die.
+
+    Args:
+        patience: seconds to wait for another holder, whose ranks may be about to end.
+
+    Raises:
+        ConfigError: another process trains it.
+    """
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # a file system without locks: then there is none
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise ConfigError(
+                        f"{folder}: the run is being trained by {file.read().strip() or 'another process'}; "
+                        "let it end, or end it, first"
+                    ) from None
+                time.sleep(0.1)
+        os.set_inheritable(file.fileno(), True)  # ranks that outlive this process hold it too
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old text or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -81,16 +122,25 @@ def read_json(path: Path) -> Any:
 
 
 class Events:
-    """One JSON object a line, appended; a killed writer leaves at most one broken last line."""
+    """One JSON object a line, appended; a killed writer leaves at most one broken last line.
+
+    A disk that is full ends no run here: events are lost then, with one warning.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.rank = rank
         self._last: float | None = None
+        self._lost = False
         self._file: TextIO = (folder / "events" / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._lost:
+                log.warning("%s: events are lost: %s", self._file.name, error.strerror)
+            self._lost = True
 
     def step(self, epoch: int, step: int, of: int, loss: float) -> None:
         """Where training stands: the first step, then at most two a second."""
@@ -104,7 +154,8 @@ class Events:
         self._last = now
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_events(folder: Path, rank: int = 0) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Everything one rank needs to train: data, system, labels, engine. Built the same way on every rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,52 @@ def check_data(recipe: Recipe, index: Index) -> None:
         raise ConfigError(
             f"train.monitor: {recipe.train.monitor!r} is not a metric of {index.name}; one of {', '.join(known)}"
         )
+    if recipe.train.monitor == "corr" and index.splits["valid"] < 2:
+        raise ConfigError(f"train.monitor: corr needs two validation samples, {index.name} has one; use mae")
+
+
+def check_system(recipe: Recipe, index: Index) -> None:
+    """Builds the system, without its text encoder, and its label generator, to see that they fit the data.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    spec = data_spec(recipe, index)
+    system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
+    name = recipe.labels.generator or type(system).labels
+    make_generator(
+        name,
+        numbers=[0],  # one made-up sample: what is wrong with the recipe does not hang on them
+        ids=[0],
+        labels=[0.0],
+        widths=system.feature_widths(),
+        label_range=index.label_range,
+        device=torch.device("cpu"),
+        zero_is_positive=recipe.labels.zero_is_positive,
+    )
+    lacking = system.feature_widths().keys() - {"M", *index.tasks}
+    if name == "none" and lacking:
+        raise ConfigError(
+            f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
+            f"{recipe.system}; use a generator (ulgm), or train fewer tasks (--model.subtasks)"
+        )
+
+
+def without_effect(recipe: Recipe, index: Index) -> list[str]:
+    """Sentences about values of the recipe that change nothing in this run."""
+    spec, launch, said = data_spec(recipe, index), recipe.launch, []
+    idle = [m for m in recipe.data.normalize if m not in spec.widths]
+    if idle:
+        said.append(f"data.normalize: {', '.join(idle)} is not in use")
+    if spec.text is None:
+        changed = [key for key, value in recipe.text.model_dump(exclude_defaults=True).items() if value is not None]
+        said += [f"text.{key} is without effect: no text encoder reads the text" for key in changed]
+    if launch.launcher != "ray":
+        said += ["launch.address is without effect: only --launcher ray joins a cluster"] if launch.address else []
+        said += ["launch.gpus_per_worker is without effect: each local rank takes one GPU where there are any"] * bool(
+            launch.gpus_per_worker
+        )
+    return said
 
 
 def available(recipe: Recipe, index: Index) -> list[str]:

@@ -4,14 +4,16 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mmsa_dist import launch, run_folder, session
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
-from mmsa_dist.recipe import Recipe
+from mmsa_dist.recipe import Recipe, absolute
 from shards.index import Index
 
 
@@ -27,15 +29,14 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
     if recipe.launch.launcher == "torchrun":
         return train_under_torchrun(recipe, folder, runs_dir, name)
     index, recipe = check(recipe)
-    folder = folder or prepare(recipe, index, runs_dir, name)
-    print(f"run {folder}")
-    print(session.sentence(session.arithmetic(recipe, index)))
-    if (folder / "result.json").is_file():
-        result = run_folder.read_json(folder / "result.json")
-    else:
-        with ended(recipe, folder), Follower(folder, recipe.train.monitor):
-            result = launch.run(recipe, folder)
-    conclude(recipe, folder, result)
+    folder = begin(recipe, index, folder, runs_dir, name)
+    with run_folder.locked(folder):
+        if (folder / "result.json").is_file():
+            result = run_folder.read_json(folder / "result.json")
+        else:
+            with ended(recipe, folder), Follower(folder, recipe.train.monitor):
+                result = launch.run(recipe, folder)
+        conclude(recipe, folder, result)
     return result
 
 
@@ -43,14 +44,10 @@ def check(recipe: Recipe) -> tuple[Index, Recipe]:
     """All that can be known to be wrong before anything starts; paths made absolute, as ranks may run elsewhere."""
     if not recipe.data.path:
         raise ConfigError("no data: give --data FOLDER, a folder that `mmsa-dist pack` wrote")
-    data = recipe.data.model_copy(update={"path": str(Path(recipe.data.path).resolve())})
-    text = recipe.text
-    if text.encoder and Path(text.encoder).is_dir():
-        text = text.model_copy(update={"encoder": str(Path(text.encoder).resolve())})
-    recipe = recipe.model_copy(update={"data": data, "text": text})
-    index = Index.load(data.path)
+    recipe = absolute(recipe)
+    index = Index.load(recipe.data.path)
     session.check_data(recipe, index)
-    session.data_spec(recipe, index)
+    session.check_system(recipe, index)
     if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
         raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
     if recipe.engine.precision != "fp32" and recipe.engine.zero == 0:
@@ -68,6 +65,28 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def begin(recipe: Recipe, index: Index, folder: Path | None, runs_dir: Path, name: str | None) -> Path:
+    """A new run's folder, or `folder` where its data is what it was trained on; says what will be done.
+
+    Raises:
+        ConfigError: `folder` is of a run on other data.
+    """
+    if folder is None:
+        folder = prepare(recipe, index, runs_dir, name)
+    else:
+        known = run_folder.read_json(folder / "data.json")
+        if known["fingerprint"] != index.fingerprint:
+            raise ConfigError(
+                f"--resume {folder}: it was trained on {known['name']} (fingerprint {known['fingerprint'][:12]}), but "
+                f"{index.folder} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
+            )
+        run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
+    print(f"run {folder}\n{session.sentence(session.arithmetic(recipe, index))}")
+    for note in session.without_effect(recipe, index):
+        print(f"note: {note}", flush=True)
+    return folder
 
 
 def prepare(recipe: Recipe, index: Index, runs_dir: Path, name: str | None) -> Path:
@@ -147,15 +166,31 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
     from mmsa_dist.worker import join_group, run_rank
 
     join_group(rank, world, recipe.launch.timeout)
-    if rank == 0:
-        folder = folder or prepare(recipe, index, runs_dir, name)
-        print(f"run {folder}\n{session.sentence(session.arithmetic(recipe, index))}", flush=True)
-    shared = [str(folder)]
-    dist.broadcast_object_list(shared)
-    folder = Path(shared[0])
-    with Follower(folder, recipe.train.monitor) if rank == 0 else nullcontext():
-        result = run_rank(folder, recipe, rank, world)
-    dist.destroy_process_group()
-    if rank == 0:
-        conclude(recipe, folder, result)
+    with ExitStack() as driver:
+        shared: list[tuple[str, bool] | MmsaError | None] = [None]
+        if rank == 0:
+            try:
+                folder = begin(recipe, index, folder, runs_dir, name)
+                driver.enter_context(run_folder.locked(folder))
+                done = (folder / "result.json").is_file()
+                if not done:
+                    launch.make_ready(folder)
+                shared = [(str(folder), done)]
+            except MmsaError as error:
+                shared = [error]
+        dist.broadcast_object_list(shared)
+        if not isinstance(shared[0], tuple):
+            raise shared[0] or TransientError("rank 0 ended before the run began")
+        folder, done = Path(shared[0][0]), shared[0][1]
+        if done:
+            result = run_folder.read_json(folder / "result.json")
+        else:
+            with ExitStack() as training:
+                if rank == 0:
+                    training.enter_context(ended(recipe, folder))
+                    training.enter_context(Follower(folder, recipe.train.monitor))
+                result = run_rank(folder, recipe, rank, world)
+        dist.destroy_process_group()
+        if rank == 0:
+            conclude(recipe, folder, result)
     return result

@@ -5,6 +5,7 @@ the local launcher, with RANK, WORLD_SIZE, MMSA_RENDEZVOUS (a file) and MMSA_LAU
 """
 
 import datetime
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import MmsaError
+from mmsa_dist.errors import MmsaError, TransientError
 
 if TYPE_CHECKING:
     from mmsa_dist.loop import Report
@@ -44,6 +45,13 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
             result = fit(session, events, tracker, report or (lambda summary: None))
         session.close()
         return result
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            record_failure(folder, rank, error)
+            raise
+        full = TransientError(f"{error.filename or folder}: {error.strerror}; free space, then go on with --resume")
+        record_failure(folder, rank, full)
+        raise full from error
     except BaseException as error:
         record_failure(folder, rank, error)
         raise

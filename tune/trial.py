@@ -1,6 +1,5 @@
 """One trial, in its own process of the cluster: an ordinary Ray Train run that tells Ray Tune about every epoch."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def run_trial(config: dict[str, Any]) -> None:
 
 def _train(recipe: Recipe, folder: Path) -> None:
     for attempt in range(recipe.launch.max_failures + 1):
-        shutil.rmtree(folder / "failures", ignore_errors=True)
+        launch.make_ready(folder)
         outcome = _attempt(recipe, folder, attempt)
         if (folder / RESULT).is_file():
             return

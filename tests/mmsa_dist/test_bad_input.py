@@ -74,6 +74,51 @@ def test_values_that_cannot_work_here(refused, data: str) -> None:  # type: igno
     assert "no data: give --data" in refused(2, "train", "self_mm")
 
 
+REFUSED_VALUES = {
+    "--optim.lr.rest=-0.01": "`optim.lr.rest`: input should be greater than or equal to 0, found -0.01",
+    "--optim.lr.text nan": "`optim.lr.text`: input should be a finite number, found nan",
+    "--optim.weight-decay.rest=-1": "`optim.weight_decay.rest`: input should be greater",
+    "--optim.betas 0.9 1.5": "`optim.betas.1`: input should be less than 1, found 1.5",
+    "--seed 18446744073709551616": "`seed`: input should be less than 9223372036854775808",
+    "--epochs 0": "`train.epochs`: input should be greater than or equal to 1, found 0",
+    "--epochs many": "invalid literal for int() with base 10: 'many'",
+    "--zero 7": "invalid choice '7' for argument '--zero/--engine.zero'. Expected one of ('0', '1', '2', '3')",
+    "--launch.gpus-per-worker 64": "1 workers x 64 GPUs need 64 GPUs, this machine has",
+    "--labels.generator ulgm": "label generator 'ulgm' reads features of M and of at least one of T, A, V; the system",
+    "--labels.generator ulgn": "did you mean 'ulgm'",
+    "--model.unimodal-targets own": "model.unimodal_targets: own needs the labels T, A, V, which the data lacks",
+    "--model.width 3": "`model`: width 3 must be divisible by heads 2 and by 2",
+    "--data.modalities text --model.subtasks vision": "model.subtasks",
+    "--labels.zero-is-positive": "labels.zero_is_positive: label generator 'none' has no such option",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_VALUES)
+def test_values_that_contradict_are_refused_before_anything_starts(refused, words: str, data: str) -> None:  # type: ignore[no-untyped-def]
+    error = refused(2, "train", "ufen_mtfn", "--data", data, "--tracking.no-enabled", *words.split())
+    assert REFUSED_VALUES[words] in error
+    assert "─" not in error and "http" not in error and "[type=" not in error
+
+
+def test_self_mm_without_labels_to_learn_is_refused(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    error = refused(2, "train", "self_mm", "--data", data, "--labels.generator", "none", "--tracking.no-enabled")
+    assert "none, but synthetic-tiny has no labels for the tasks A, T, V of self_mm; use a generator (ulgm)" in error
+
+
+def test_values_without_effect_are_said(data: str) -> None:
+    from mmsa_dist.recipe import load_recipe
+    from mmsa_dist.session import without_effect
+    from shards.index import Index
+
+    words = ["--data", data, "--data.modalities", "text", "audio", "--data.normalize", "vision", "audio"]
+    recipe = load_recipe("ufen_mtfn", None, [*words, "--text.max-tokens", "9", "--launcher", "local"])
+    assert without_effect(recipe, Index.load(Path(data))) == [
+        "data.normalize: vision is not in use",
+        "text.max_tokens is without effect: no text encoder reads the text",
+    ]
+    assert without_effect(load_recipe("ufen_mtfn", None, ["--data", data]), Index.load(Path(data))) == []
+
+
 def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "no index.json" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
     assert "text.encoder" in refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path))

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from mmsa_dist.config import EngineConfig, GroupValues, OptimConfig
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.portable import State
+from mmsa_dist.systems.base import Losses, Prediction
+from shards.batch import Batch
 from tests.mmsa_dist.toy import SPEC, Toy, ToyConfig, global_batch, share
 
 OPTIM = OptimConfig(
@@ -106,18 +108,28 @@ def test_bf16_trains_and_continues(ranks: Callable[..., Any], stage: int) -> Non
     assert ranks(train, 2, stage, 4, 4, state, OPTIM, False, "bf16")[0][0] == pytest.approx(whole[4:], abs=1e-2)
 
 
-def nan_on_rank_one(stage: int) -> str:
+def nan_on_rank_one(stage: int, where: str, precision: str = "fp32") -> str:
+    """One step where rank 1 alone has a loss that is not finite, or a gradient that is not though its loss is."""
     from mmsa_dist.engine import Engine
 
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     system = Toy(ToyConfig(), SPEC)
-    engine = Engine(system, OPTIM, EngineConfig(zero=stage), micro_batch=6, total_steps=100)  # type: ignore[arg-type]
+    config = EngineConfig(zero=stage, precision=precision)  # type: ignore[arg-type]
+    engine = Engine(system, OPTIM, config, micro_batch=6, total_steps=100)
     batch = global_batch(0)
-    batch.values["audio"][9] = float("nan")  # a sample of rank 1
+    if where == "loss":
+        batch.values["audio"][9] = float("nan")  # a sample of rank 1
+
+    def loss_of(prediction: Prediction, batch: Batch) -> Losses:
+        losses = system.loss(prediction, batch, batch.labels)
+        if where == "gradient" and rank == 1:  # the root's slope at zero is infinite, and times zero it is NaN
+            return Losses(losses.total + torch.sqrt(prediction.tasks["M"].sum() * 0.0), losses.parts)
+        return losses
+
     before = engine.state()
     try:
-        engine.step(share(batch, rank, world), lambda p, b: system.loss(p, b, b.labels))
+        engine.step(share(batch, rank, world), loss_of)
     except TrainingError as error:
         after = engine.state()  # both ranks are here, so a collective call is safe
         if before is not None and after is not None:
@@ -130,9 +142,15 @@ def nan_on_rank_one(stage: int) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_rank_steps_on_nan(ranks: Callable[..., Any], stage: int) -> None:
-    here, there = ranks(nan_on_rank_one, 2, stage)
+    here, there = ranks(nan_on_rank_one, 2, stage, "loss")
     assert "the loss is not finite (this rank's loss is finite)" in here
     assert "sample0-9" in there and "sample0-3" not in there
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*((stage, "fp32") for stage in STAGES), (1, "bf16"), (3, "bf16")])
+def test_no_rank_steps_on_a_gradient_that_is_not_finite(ranks: Callable[..., Any], stage: int, precision: str) -> None:
+    here, there = ranks(nan_on_rank_one, 2, stage, "gradient", precision)
+    assert "step 1: the gradient is not finite" in here and "step 1: the gradient is not finite" in there
 
 
 def refused(precision: str, stage: int) -> str:
