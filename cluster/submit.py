@@ -5,8 +5,11 @@ again) reaches the shell that submitted it.
 """
 
 import asyncio
+import http.client
+import json
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -104,9 +107,9 @@ def submit(options: Submit, command: list[str]) -> int:
             return 0
         try:
             details = asyncio.run(follow(client, job))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"\nno longer following; job {job} goes on\n{_later(address, job)}", file=sys.stderr)
-            return 130
+            return int(getattr(stop, "exit_code", 130))  # the front door makes one of SIGTERM too, with its own code
     return exit_code(details)
 
 
@@ -114,19 +117,25 @@ def resolve_address(given: str | None) -> str:
     """The dashboard's URL: `given`, else RAY_API_SERVER_ADDRESS, else the default port of this machine.
 
     Raises:
-        ConfigError: not the address of a dashboard.
+        ConfigError: not the address of a dashboard, or one with a password in it.
     """
     address = given or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+    if "@" in address:
+        raise ConfigError(
+            f"--address …@{address.rpartition('@')[2]} holds a user or a password, which Ray does not take; "
+            "leave it out, and name a file with the cluster's token in RAY_AUTH_TOKEN_PATH"
+        )
     if "://" not in address:
         address = f"http://{address}"
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
-    if not valid:
+    if not valid or parts.query or re.search(r"\s", address):
         raise ConfigError(
-            f"--address {address} is no dashboard's address; expected http://HOST:PORT (port 8265 by default)"
+            f"--address {address.partition('?')[0]} is no dashboard's address; "
+            "expected http://HOST:PORT (port 8265 by default)"
         )
     return address.rstrip("/")
 
@@ -135,7 +144,7 @@ def probe(address: str, timeout: float = CONNECT_SECONDS) -> None:
     """Sees that something answers at `address`, in seconds; Ray's own client would wait for minutes.
 
     Raises:
-        TransientError: nothing does.
+        TransientError: nothing does. ConfigError: something that does not speak HTTP.
     """
     try:
         with urllib.request.urlopen(f"{address}/api/version", timeout=timeout):
@@ -149,6 +158,8 @@ def probe(address: str, timeout: float = CONNECT_SECONDS) -> None:
             f"no Ray head answers at {address} ({why}); start one with `ray start --head --dashboard-host=127.0.0.1`, "
             "or name its dashboard with --address http://HOST:8265"
         ) from error
+    except http.client.HTTPException as error:
+        raise _stranger(address) from error
 
 
 def unsent(folder: Path, files: list[Path], command: list[str]) -> Iterator[str]:
@@ -216,7 +227,16 @@ def _client(address: str) -> "JobSubmissionClient":
 
     for noisy in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # uploads and closed sockets are told by us, or no news
-    return JobSubmissionClient(address)
+    try:
+        return JobSubmissionClient(address)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:  # of what it took for the head's version
+        raise _stranger(address) from error
+
+
+def _stranger(address: str) -> ConfigError:
+    return ConfigError(
+        f"what answers at {address} is not a Ray head; name its dashboard with --address http://HOST:8265"
+    )
 
 
 def _submit_job(client: "JobSubmissionClient", entrypoint: str, archive: Path, name: str | None) -> str:

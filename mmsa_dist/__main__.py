@@ -5,8 +5,13 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("shards.cli:pack", "write a data set as WebDataset shards with an index"),
@@ -32,8 +37,15 @@ First steps:
   mmsa-dist predict models:/ufen_mtfn@champion --data shards/mosi --out predictions.csv
 
 `mmsa-dist COMMAND --help` explains a command. Exit codes: 0 done, 2 the command or recipe is wrong, 3 the data is
-wrong, 4 training failed, 75 something outside failed and trying again may help, 143 stopped by a signal.
+wrong, 4 training failed, 75 something outside failed and trying again may help, 130 stopped with Ctrl-C, 143 stopped
+by SIGTERM.
 Set MMSA_DEBUG=1 to see tracebacks."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what happens on Ctrl-C happens on it too."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,10 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
     try:
-        return int(getattr(importlib.import_module(module), function)(rest) or 0)
-    except KeyboardInterrupt:
+        with _terminable():
+            return int(getattr(importlib.import_module(module), function)(rest) or 0)
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Terminated) else 130
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:  # ours to mend: show where
@@ -69,6 +82,28 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return int(code)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which ends a process on the spot, raises `Terminated` inside: nothing half-written stays behind.
+
+    Not in a rank of torchrun: it may wait in a collective, where no handler of Python's runs, and would not end at all.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends on the spot
+        raise Terminated
+
+    ours = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,7 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     if address is None:
         local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
         local |= {"dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}  # of no use to others
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -265,6 +267,8 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
             log_to_driver=False,
             **local,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own ends this process on the spot, with another exit code
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise TransientError(

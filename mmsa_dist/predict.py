@@ -89,8 +89,15 @@ def main(argv: list[str]) -> int:
         predictor = Predictor.load(folder, _device(options.device))
     check_fits(predictor, data)
     with Writer(options.out, [prediction_name(task) for task in predictor.tasks]) as writer:
-        scores = {split: _predict_split(predictor, data, split, options.batch_size, writer) for split in splits}
+        done = {split: _predict_split(predictor, data, split, options.batch_size, writer) for split in splits}
     remarks.print(f"{writer.rows:,} predictions in {options.out}", soft_wrap=True)
+    if unread := sum(count for _, count in done.values()):
+        remarks.print(
+            f"note: {unread:,} of {writer.rows:,} samples have none of {', '.join(predictor.columns)}, "
+            "which the model reads; their prediction is the same for all",
+            soft_wrap=True,
+        )
+    scores = {split: score for split, (score, _) in done.items()}
     _show(scores, predictor, data, options.json_metrics)
     return 0
 
@@ -104,7 +111,7 @@ def open_input(path: str) -> Input:
     place = Path(path)
     if place.is_dir() or place.name == "index.json":
         return _packed(place)
-    if place.suffix in (".pkl", ".pickle") and place.is_file():
+    if place.suffix.lower() in (".pkl", ".pickle") and place.is_file():
         return _pickled(place)
     raise ConfigError(
         f"--data {path}: "
@@ -177,7 +184,7 @@ def _pickled(place: Path) -> Input:
     from shards.sources.mmsa import MmsaSource
 
     source = MmsaSource(place, strict=False)
-    cleaner = Cleaner(source)
+    cleaner = Cleaner(source, unlabelled=True)
 
     def utterances(split: str, with_text: bool) -> Iterator[Utterance]:
         return (cleaner.clean(source.read(split, number)) for number in range(source.counts[split]))
@@ -212,15 +219,22 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _predict_split(predictor: Predictor, data: Input, split: str, size: int, writer: Writer) -> dict[str, Any] | None:
-    """Writes a split's predictions; its metrics, None where no sample has a label."""
+def _predict_split(
+    predictor: Predictor, data: Input, split: str, size: int, writer: Writer
+) -> tuple[dict[str, Any] | None, int]:
+    """Writes a split's predictions.
+
+    Returns:
+        Its metrics, None where no sample has a label; and how many samples hold nothing that the model reads.
+    """
     from mmsa_dist.metrics import evaluate, kind_for
 
-    truth, predicted = [], []
+    truth, predicted, unread = [], [], 0
     utterances = data.utterances(split, with_text="raw_text" in predictor.columns)
     batches = track(chunks(utterances, size), total=-(-data.counts[split] // size), description=f"predicting {split}")
     for chunk in batches:
         answers = predictor.predict(chunk)
+        unread += sum(not predictor.reads(utterance) for utterance in chunk)
         y = np.array([utterance.labels.get("M", np.nan) for utterance in chunk], dtype=np.float32)
         columns = {prediction_name(task): values for task, values in answers.items()}
         writer.write([utterance.key for utterance in chunk], split, y, columns)
@@ -229,8 +243,9 @@ def _predict_split(predictor: Predictor, data: Input, split: str, size: int, wri
     y, p = np.concatenate(truth), np.concatenate(predicted)
     labelled = np.isfinite(y)
     if not labelled.any():
-        return None
-    return {"samples": int(labelled.sum()), **evaluate(kind_for(data.label_range), y[labelled], p[labelled])}
+        return None, unread
+    metrics = evaluate(kind_for(data.label_range), y[labelled], p[labelled])
+    return {"samples": int(labelled.sum()), **metrics}, unread
 
 
 def _show(scores: dict[str, dict[str, Any] | None], predictor: Predictor, data: Input, as_json: bool) -> None:

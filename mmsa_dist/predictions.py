@@ -1,6 +1,7 @@
 """Predictions as a file: .csv, .parquet or .jsonl, written a batch at a time, there whole or not at all."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -14,6 +15,11 @@ from mmsa_dist.errors import ConfigError, TransientError
 
 FORMATS = (".csv", ".parquet", ".jsonl")
 
+LASTING = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+"""Failures that come again however often one tries: the place is wrong."""
+
 
 def check_out(path: Path) -> None:
     """Says before any work that `path` cannot be written.
@@ -21,11 +27,11 @@ def check_out(path: Path) -> None:
     Raises:
         ConfigError: an unknown format, or a folder.
     """
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ConfigError(
             f"--out {path}: unknown format {path.suffix or 'without suffix'!r}; end it in {', '.join(FORMATS)}"
         )
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  Path.is_dir raises where the name is too long
         raise ConfigError(f"--out {path}: is a folder; give a file's name ending in {', '.join(FORMATS)}")
 
 
@@ -46,7 +52,7 @@ class Writer:
         kinds: dict[str, type[_Format]] = {".csv": _Csv, ".parquet": _Parquet, ".jsonl": _JsonLines}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._format = kinds[self.path.suffix](self._partial, self._columns)
+            self._format = kinds[self.path.suffix.lower()](self._partial, self._columns)
         except OSError as error:
             raise self._failed(error) from error
         return self
@@ -60,7 +66,7 @@ class Writer:
             predictions: column -> (B,).
 
         Raises:
-            TransientError: the file cannot be written.
+            TransientError: the file cannot be written, from a full disk say. ConfigError: not there at all.
         """
         try:
             self._format.write(keys, split, y, predictions)
@@ -81,11 +87,11 @@ class Writer:
         finally:
             self._partial.unlink(missing_ok=True)
 
-    def _failed(self, error: OSError) -> TransientError:
-        return TransientError(
-            f"{self.path}: predictions cannot be written ({error.strerror or error}); nothing was left there: "
-            "free space or choose another --out"
-        )
+    def _failed(self, error: OSError) -> ConfigError | TransientError:
+        said = f"{self.path}: predictions cannot be written ({error.strerror or error}); nothing was left there: "
+        if error.errno in LASTING:
+            return ConfigError(f"{said}choose another --out")
+        return TransientError(f"{said}free space or choose another --out")
 
 
 class _Format(Protocol):

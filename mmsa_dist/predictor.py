@@ -99,11 +99,12 @@ class Predictor:
         """task -> (B,) float32 predictions in label units; ``M`` is the answer.
 
         Raises:
-            DataError: an utterance lacks everything that the system reads, has another width, or is answered with
-                what is no finite number.
+            DataError: an utterance has another width, or is answered with what is no finite number.
         """
         for utterance in utterances:
-            self.check(utterance)
+            for name, array in utterance.modalities.items():
+                if name in self.columns:
+                    check_width(f"sample {utterance.key!r}", name, array.shape[-1], self.card.widths[name])
         prediction = self.system(collate(utterances, self._spec).to(self.device))
         answers = {task: values.float().cpu().numpy() for task, values in prediction.tasks.items()}
         if len(wrong := np.flatnonzero(~np.isfinite(answers["M"]))):
@@ -113,20 +114,10 @@ class Predictor:
             )
         return answers
 
-    def check(self, utterance: Utterance) -> None:
-        """Raises DataError where the system cannot read `utterance`."""
-        held = 0
-        for name, column in zip(self.card.widths, self.columns, strict=True):
-            if column in ("raw_text", "tokens"):
-                value: Any = utterance.raw_text if column == "raw_text" else utterance.tokens
-                held += value is not None and len(value) > 0
-            elif (array := utterance.modalities.get(name)) is not None:
-                held += 1
-                check_width(f"sample {utterance.key!r}", name, array.shape[-1], self.card.widths[name])
-        if not held:
-            raise DataError(
-                f"sample {utterance.key!r}: has none of {', '.join(self.columns)}, which the model reads; give one"
-            )
+    def reads(self, utterance: Utterance) -> bool:
+        """Whether `utterance` has anything that the system reads; a sample of a data set may lack it all."""
+        held = {"raw_text": utterance.raw_text, "tokens": utterance.tokens, **utterance.modalities}
+        return any((value := held.get(column)) is not None and len(value) > 0 for column in self.columns)
 
     def utterance(self, record: Mapping[str, Any], key: str) -> Utterance:
         """A record of plain values (JSON) as an utterance.
@@ -137,7 +128,7 @@ class Predictor:
             key: what to call it in messages.
 
         Raises:
-            DataError: a value is not what its column holds.
+            DataError: a value is not what its column holds, or every column is missing.
         """
         modalities: dict[str, np.ndarray] = {}
         raw_text, tokens = None, None
@@ -153,7 +144,10 @@ class Predictor:
                 tokens = _tokens(value, key)
             else:
                 modalities[name] = _features(value, key, name, self.card.widths[name])
-        return Utterance(key, "test", modalities, {}, raw_text, tokens)
+        utterance = Utterance(key, "test", modalities, {}, raw_text, tokens)
+        if not self.reads(utterance):
+            raise DataError(f"sample {key!r}: has none of {', '.join(self.columns)}, which the model reads; give one")
+        return utterance
 
 
 def weights_path(folder: Path) -> Path:

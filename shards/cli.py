@@ -1,6 +1,7 @@
 """`mmsa-dist pack`, `inspect` and `verify`."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,8 +35,6 @@ examples:
 _TYRO = (tyro.conf.FlagCreatePairsOff,)
 """A flag has no --no- twin."""
 
-_LabelRange = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
@@ -54,17 +53,38 @@ class _Target:
     overwrite: bool = False
     """Replace the data set that FOLDER holds."""
 
+    def check(self) -> None:
+        """Raises ConfigError for a number that no packing can use."""
+        if not 0 < self.shard_size < math.inf:
+            raise ConfigError(
+                f"--shard-size {self.shard_size:g}: expected a number of megabytes above 0; 64 is the default"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: a seed is 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
-class PackMmsa(_Target):
+class _Labelled(_Target):
+    """Of a format that does not tell its labels' range."""
+
+    label_range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    """Lowest and highest possible label. Default: -1 1 where there are unimodal labels (SIMS), else -3 3."""
+
+    def check(self) -> None:
+        super().check()
+        low, high = self.label_range or (-1, 1)
+        if not -math.inf < low < high < math.inf:
+            raise ConfigError(f"--label-range {low:g} {high:g}: expected two numbers, the lower one first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackMmsa(_Labelled):
     """Packs the feature pickle of the MMSA toolkit."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.pkl")]
     """The pickle, e.g. MOSI/Processed/unaligned_50.pkl. Anything in it but arrays and plain values is refused."""
     modalities: tuple[Literal["text", "audio", "vision"], ...] = ("text", "audio", "vision")
     """Features to keep."""
-    label_range: _LabelRange = None
-    """Lowest and highest possible label. Default: -1 1 where there are unimodal labels (SIMS), else -3 3."""
 
     def source(self) -> Source:
         from shards.sources.mmsa import MmsaSource
@@ -73,7 +93,7 @@ class PackMmsa(_Target):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackTable(_Target):
+class PackTable(_Labelled):
     """Packs a csv with one row an utterance, and an npz of features for the same ids.
 
     An array of the npz is (N, D), one vector an utterance; (N, T, D), padded with zeros; or, named as NAME:LENGTHS with
@@ -89,8 +109,6 @@ class PackTable(_Target):
     told: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
     hold_out_valid: Annotated[int, tyro.conf.arg(metavar="VIDEOS")] = 0
     """Where the split column has no valid rows: take so many training videos, chosen by the seed, as valid."""
-    label_range: _LabelRange = None
-    """Lowest and highest possible label. Default: -1 1 where there are unimodal labels (SIMS), else -3 3."""
 
     def source(self) -> Source:
         from shards.sources.table import TableSource
@@ -140,8 +158,7 @@ def pack(argv: list[str]) -> int:
     if argv[0] not in FORMATS:
         raise ConfigError(f"pack: unknown format {argv[0]!r}{nearest(argv[0], FORMATS)}")
     options = tyro.cli(FORMATS[argv[0]], args=argv[1:], prog=f"mmsa-dist pack {argv[0]}", config=_TYRO)
-    if options.shard_size <= 0:
-        raise ConfigError(f"--shard-size {options.shard_size:g}: a shard needs more than 0 MB; 64 is the default")
+    options.check()
     index, notes = write(
         options.source(),
         options.out,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shards.errors import DataError
 from shards.files import write_atomic
 from shards.suggest import nearest
+from shards.trust import Expected
 from shards.utterance import MODALITIES, SPLITS, TASKS
 
 SCHEMA = 1
@@ -92,7 +93,7 @@ class Index(_Part):
     seed: int
     """The order within each split was shuffled once with it."""
     fingerprint: str = ""
-    """sha256 of all of the above that says what the data is, checksums included; filled in here."""
+    """sha256 of all of the above that says what the data is, checksums included; filled in here where it is new."""
     folder: Path = Field(exclude=True)
     """Where the files are."""
 
@@ -154,7 +155,7 @@ class Index(_Part):
             raise DataError(f"{file}: cannot be read: {error}") from error
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets nested without end recur
             raise DataError(f"{file}: not valid JSON ({error}); it is damaged, pack again") from error
         if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
             raise DataError(f"{file}: has no schema number, so it is not an index of this tool; pack the data again")
@@ -164,6 +165,8 @@ class Index(_Part):
                 f"{file}: schema {schema}, from version {content.get('tool_version', '?')}, is newer than schema "
                 f"{SCHEMA}, which this version reads; upgrade mmsa-dist or pack again"
             )
+        if not content.get("fingerprint"):  # without it, an edit of what no checksum covers would pass
+            raise DataError(f"{file}: has no fingerprint: it was edited; pack the data again")
         try:
             return cls.model_validate({**content, "folder": file.parent})
         except ValidationError as error:
@@ -182,20 +185,35 @@ class Index(_Part):
         """The Arrow file of a shard."""
         return self.folder / self.shards[shard_no].table
 
-    def table(self, shard_no: int) -> pa.Table:
+    def expected_tar(self, shard_no: int) -> Expected:
+        """The tar of a shard, and what it must be."""
+        shard = self.shards[shard_no]
+        return Expected(self.tar_path(shard_no), shard.bytes, shard.sha256)
+
+    def expected_table(self, shard_no: int) -> Expected:
+        """The Arrow file of a shard, and what it must be."""
+        shard = self.shards[shard_no]
+        return Expected(self.table_path(shard_no), shard.table_bytes, shard.table_sha256)
+
+    def table(self, shard_no: int, verify: bool = True) -> pa.Table:
         """What is known of a shard's samples, one row each in tar order: columns `table_schema`. Memory-mapped.
+
+        Args:
+            verify: check the file's sha256 before its first use, once per node (its size always is).
 
         Raises:
             DataError: the file is missing, damaged, or does not belong to this index.
         """
-        path = self.table_path(shard_no)
+        file = self.expected_table(shard_no)
+        if verify:
+            file.check()
+        else:
+            file.check_size()
+        path = file.path
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{path}: is missing, but {self.folder / FILE} lists it; copy the folder whole or pack again"
-            ) from error
-        except (pa.ArrowException, OSError) as error:
+            table.validate(full=True)  # a forged or damaged file must not send us outside its buffers
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{path}: not a readable Arrow file ({error}); see mmsa-dist verify, then pack again"
             ) from error

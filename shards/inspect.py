@@ -1,4 +1,4 @@
-"""What a packed data set holds, from its index and its tables; no tar is opened."""
+"""What a packed data set holds, from its index and its tables; of a tar no more than its size is looked at."""
 
 from typing import Any
 
@@ -17,7 +17,13 @@ BAR = 30
 
 
 def summary(index: Index) -> dict[str, Any]:
-    """Everything `mmsa-dist inspect` tells, as plain values."""
+    """Everything `mmsa-dist inspect` tells, as plain values.
+
+    Raises:
+        DataError: a table is damaged, or a tar is missing or cut short.
+    """
+    for n in range(len(index.shards)):
+        index.expected_tar(n).check_size()
     tables = [index.table(n) for n in range(len(index.shards))]
     lengths = {name: _column(tables, f"length_{name}") for name in index.modalities}
     return {

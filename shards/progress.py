@@ -10,8 +10,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
-remarks = Console(stderr=True, highlight=False)
+# plain: names of files and data sets may hold [brackets] and :colons:
+console = Console(highlight=False, markup=False, emoji=False)
+remarks = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a plain line appears where there is no terminal."""

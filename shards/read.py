@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from shards.errors import DataError, TransientError
 from shards.index import Index
 from shards.tar import TENSORS, escape_key
-from shards.trust import Expected
 from shards.utterance import Utterance
 
 _FLOATS: dict[str, tuple[str, np.dtype[Any]]] = {
@@ -102,30 +101,23 @@ class ShardReader:
             return found
 
     def _opened(self, shard_no: int) -> "_Shard":
-        shard = self.index.shards[shard_no]
-        tar = Expected(self.index.tar_path(shard_no), shard.bytes, shard.sha256)
-        table = Expected(self.index.table_path(shard_no), shard.table_bytes, shard.table_sha256)
-        for file in (table, tar):
-            if self._verify:
-                file.check()
-            else:
-                file.check_size()
-        return _Shard(self.index, shard_no)
+        table = self.index.table(shard_no, self._verify)
+        tar = self.index.expected_tar(shard_no)
+        if self._verify:
+            tar.check()
+        else:
+            tar.check_size()
+        return _Shard(self.index, shard_no, table)
 
 
 class _Shard:
     """One mapped tar with its table."""
 
-    def __init__(self, index: Index, shard_no: int) -> None:
+    def __init__(self, index: Index, shard_no: int, table: pa.Table) -> None:
         self._index = index
         self._path = index.tar_path(shard_no)
         self._split = index.shards[shard_no].split
         size = index.shards[shard_no].bytes
-        table = index.table(shard_no)
-        try:
-            table.validate(full=True)  # a damaged Arrow file must not send us outside its buffers
-        except pa.ArrowException as error:
-            raise DataError(f"{index.table_path(shard_no)}: damaged ({error}); copy it again or pack again") from error
         # lists, a few hundred rows: one element of an Arrow or NumPy array costs more than all the parsing of a sample
         rows = {name: table.column(name).to_pylist() for name in table.column_names if name != "split"}
         self._keys: list[str] = rows["key"]

@@ -1,18 +1,15 @@
 """Packs a source into shards: a folder that is there whole or not at all.
 
-Everything is written into a hidden folder beside the target, onto the disk, the index last; then the folder gets its
-name.
+Everything is written into a hidden folder beside the target (`shards.workspace`), onto the disk, the index last; then
+the folder gets its name.
 """
 
 import errno
-import fcntl
 import os
-import re
 import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -21,20 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import ConfigError, DataError, TransientError
-from shards.files import exchange, sync_folder
-from shards.index import FILE, Index, Modality, Shard
+from shards.index import Index, Modality, Shard
 from shards.moments import Moments
 from shards.sources import Source
 from shards.sources.clean import Cleaner
 from shards.tar import ShardWriter
 from shards.utterance import SPLITS, Utterance
+from shards.workspace import check_target, publish, workspace
 
 MEGABYTE = 2**20
 
 Show = Callable[[Iterable[int], int, str], Iterable[int]]
 """`shards.progress.track`, or nothing."""
 
-_OURS = re.compile(rf"{re.escape(FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.(tar|arrow)")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -68,14 +64,14 @@ def pack(
         TransientError: the disk is full. Nothing half-written stays behind in any case.
     """
     out = out.resolve()
-    _check_target(out, overwrite)
-    _check_counts(source)
-    _check_keys(source)
     packing = _Packing(source, dtype, seed, shard_bytes, show)
     try:
-        with _workspace(out) as folder:
+        check_target(out, overwrite)
+        _check_counts(source)
+        _check_keys(source)
+        with workspace(out) as folder:
             packing.write(folder, _named(name or source.name, source.synthetic)).save()
-            _publish(folder, out)
+            publish(folder, out, overwrite)
     except OSError as error:
         raise _explained(error, out, packing) from error
     return Index.load(out), packing.cleaner.notes() + source.notes()
@@ -165,27 +161,6 @@ class _Packing:
 # --- before anything is written
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    for parent in out.parents:
-        if parent.is_file():
-            raise ConfigError(f"--out {out} cannot be made: {parent} is a file; choose another folder")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder that does not exist yet")
-    names = sorted(path.name for path in out.iterdir())
-    foreign = [name for name in names if not _OURS.fullmatch(name)]
-    if names and not overwrite:
-        raise ConfigError(
-            f"--out {out} is not empty ({len(names)} files); choose another folder, or --overwrite to replace it"
-        )
-    if foreign:
-        raise ConfigError(
-            f"--out {out} holds {foreign[0]!r}, which no packing wrote; --overwrite replaces packed data only: "
-            "choose another folder"
-        )
-
-
 def _check_counts(source: Source) -> None:
     for split in SPLITS:
         if not source.counts.get(split):
@@ -195,14 +170,19 @@ def _check_counts(source: Source) -> None:
 
 
 def _check_keys(source: Source) -> None:
-    """Every key once in the whole data set. Holds 8 bytes a sample, whatever the keys' length.
+    """Every key once in the whole data set, and none empty. Holds 8 bytes a sample, whatever the keys' length.
 
     Raises:
-        DataError: a key occurs twice; names both places.
+        DataError: a key is empty, or occurs twice; names the places.
     """
     digests = array("q")
     for split in SPLITS:
-        digests.extend(_digest(key) for key in source.keys(split))
+        for number, key in enumerate(source.keys(split)):
+            if not key:
+                raise DataError(
+                    f"{source.where}: the id at {split}[{number}] is empty; every sample needs one of its own"
+                )
+            digests.append(_digest(key))
     ordered = np.sort(np.frombuffer(digests, dtype=np.int64))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     if not twice:
@@ -234,56 +214,6 @@ def _tool_version() -> str:
         return "checkout"
 
 
-# --- the folder
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone afterwards unless it was renamed. Those of killed packings go too."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.packing-"
-    for stale in out.parent.glob(f"{prefix}*"):
-        if (lock := _lock(stale)) is not None:
-            shutil.rmtree(stale, ignore_errors=True)
-            os.close(lock)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-    folder.chmod(0o777 & ~_umask())
-    lock = _lock(folder)  # held while we live: a killed packing's folder can be told from a working one's
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that locks the folder, None where another process holds it (or locks are not to be had)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Gives the finished folder its name; what was there is removed after the change, not before."""
-    sync_folder(folder)
-    if out.exists():
-        exchange(folder, out)  # the workspace, which now holds the old data, is removed by its owner
-    else:
-        folder.rename(out)
-    sync_folder(out.parent)
-
-
 def _explained(error: OSError, out: Path, packing: _Packing) -> Exception:
     """What an OSError means to the user."""
     if error.errno in _FULL:
@@ -295,6 +225,6 @@ def _explained(error: OSError, out: Path, packing: _Packing) -> Exception:
                 f"free in {out.parent} ({os.strerror(error.errno)} after {packing.samples:,} samples); what was "
                 "written is removed again: make room or choose another --out"
             )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return ConfigError(f"--out {out} cannot be written: {error.strerror}; choose another folder")
     return TransientError(f"packing into {out} failed: {error.strerror or error}; what was written is removed again")

@@ -87,7 +87,14 @@ def _location(client: "MlflowClient", model: str) -> str:
 
 
 def _files_of(client: "MlflowClient", model_id: str) -> str:
-    return str(client.get_logged_model(model_id).artifact_location)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_logged_model(model_id).artifact_location)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConfigError(f"MLflow has no logged model {model_id!r}; give {FORMS}") from error
 
 
 def _registered(client: "MlflowClient", name: str) -> Any:
@@ -129,7 +136,7 @@ def _download(uri: str, model: str, location: str, scratch: str) -> Path:
             )
         )
     except (OSError, mlflow.MlflowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = store.shown(" ".join(str(error).split()))[:200]
         raise TransientError(
             f"model {model!r}: its files cannot be fetched from {store.shown(location)} ({reason}); try again; "
             "if mmsa-dist train did not log it, give another model"

@@ -3,6 +3,7 @@
 MLflow is imported inside the functions: it costs two seconds, and no rank needs it to train.
 """
 
+import http.client
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from mmsa_dist.errors import ConfigError, TransientError
 
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 """Schemes of database stores, each with its standard port."""
+
+DATABRICKS = ("databricks", "databricks-uc")
+"""MLflow's own names for a Databricks workspace, bare or with ``://PROFILE``; its credentials lie elsewhere."""
+
+SECRETS = "password|passwd|pwd|token|secret|key"
+"""In the name of a parameter whose value is nobody's business."""
 
 TIMEOUT = 5.0
 """Seconds within which a server must answer its first call."""
@@ -40,18 +47,20 @@ def store_uri(uri: str | None, runs_dir: Path) -> str:
     Relative sqlite paths become absolute: ranks have other working directories.
 
     Raises:
-        ConfigError: a plain folder, which MLflow no longer writes to; a scheme that it does not know; a password, which
-            would be saved with the recipe.
+        ConfigError: a plain folder, which MLflow no longer writes to; a scheme that it does not know; what is no
+            address; a password, which would be saved with the recipe.
     """
     if uri and shown(uri) != uri:
         raise ConfigError(
-            f"tracking uri {shown(uri)}: it holds a user or a password, which would be saved with the run; give it in "
-            "the environment as MLFLOW_TRACKING_URI, or as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"tracking uri {shown(uri)}: it holds a password or the like, which would be saved with the run; give it "
+            "in the environment as MLFLOW_TRACKING_URI, or as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     given = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
         return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
-    scheme = urlsplit(given).scheme.split("+")[0]
+    if given in DATABRICKS:
+        return given
+    scheme = _parts(given).scheme.split("+")[0]
     if scheme == "sqlite":
         path = given.partition(":///")[2]
         if not path or path.startswith(":memory:"):
@@ -65,16 +74,21 @@ def store_uri(uri: str | None, runs_dir: Path) -> str:
             f"tracking uri {given!r} is a plain folder, where MLflow no longer keeps runs; "
             f"use sqlite:///{folder / 'mlflow.db'} or a server's address (http://…)"
         )
-    if scheme not in ("http", "https", "databricks", "databricks-uc", *DATABASES):
+    if scheme not in ("http", "https", *DATABRICKS, *DATABASES):
         raise ConfigError(
-            f"tracking uri {shown(given)!r}: unknown scheme {scheme!r}; use sqlite:///…, http://…, https://… or postgresql://…"
+            f"tracking uri: unknown scheme {scheme!r}; use sqlite:///…, http://…, https://… or postgresql://…"
         )
     return given
 
 
-def shown(uri: str) -> str:
-    """`uri` without a password in it."""
-    return re.sub(r"//[^/@]*@", "//…@", uri)
+def shown(text: str) -> str:
+    """`text` without the credentials of an address in it: users and passwords, and parameters named like one.
+
+    Rather too much is left out than too little: a password may hold ``@``, and ``/`` where nobody escaped it. Only a
+    file's path is an address in which ``@`` means nothing.
+    """
+    text = re.sub(r"(?<!sqlite)(?<!file)://\S*@", "://…@", text)
+    return re.sub(rf"(?i)\b([\w.-]*(?:{SECRETS})[\w.-]*)(=|%3D)[^&\s]+", r"\1\2…", text)
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -102,11 +116,9 @@ def said(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        text = " ".join(str(error.message).split())
+        text = shown(" ".join(str(error.message).split()))  # it names the address, password included
         if "<html" in text.lower():
-            raise ConfigError(
-                f"what answers at {shown(uri)} is not an MLflow server; give its address with --tracking-uri"
-            ) from error
+            raise _stranger(uri) from error
         if error.get_http_status_code() in (401, 403):
             raise ConfigError(
                 f"MLflow at {shown(uri)} refuses these credentials ({text[:200]}); "
@@ -116,7 +128,7 @@ def said(uri: str) -> Iterator[None]:
             raise TransientError(f"MLflow at {shown(uri)} failed: {text[:300]}; try again, or {REMEDY}") from error
         raise ConfigError(f"MLflow at {shown(uri)} refuses: {text[:300]}") from error
     except OSError as error:  # requests' exceptions are OSErrors too
-        raise TransientError(f"MLflow at {shown(uri)} cannot be used ({error}); {REMEDY}") from error
+        raise TransientError(f"MLflow at {shown(uri)} cannot be used ({shown(str(error))}); {REMEDY}") from error
 
 
 def artifact_root(uri: str) -> str | None:
@@ -147,13 +159,15 @@ def quiet() -> None:
 
 def _reach(uri: str) -> None:
     """Raises TransientError within seconds where nothing answers; MLflow itself would try for minutes."""
-    parts = urlsplit(uri)
+    parts = _parts(uri)
     scheme = parts.scheme.split("+")[0]
     if scheme == "sqlite":
         _reach_file(Path(uri.removeprefix("sqlite:///")))
     elif scheme in ("http", "https"):
+        host = parts.netloc.rpartition("@")[2]  # urllib takes no credentials, and this page needs none
+        health = parts._replace(netloc=host, path=f"{parts.path.rstrip('/')}/health").geturl()
         try:
-            with urllib.request.urlopen(re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health", timeout=TIMEOUT):
+            with urllib.request.urlopen(health, timeout=TIMEOUT):
                 pass
         except urllib.error.HTTPError:
             pass  # something answers; MLflow's first call says what is wrong with it
@@ -162,6 +176,8 @@ def _reach(uri: str) -> None:
             if isinstance(reason, ssl.SSLError):
                 return  # it answers; whether its certificate is to be trusted is MLflow's own setting
             raise TransientError(f"no MLflow server answers at {shown(uri)} ({reason}); {REMEDY}") from error
+        except http.client.HTTPException as error:  # another protocol
+            raise _stranger(uri) from error
     elif scheme in DATABASES:
         try:
             port = parts.port or DATABASES[scheme]
@@ -169,6 +185,31 @@ def _reach(uri: str) -> None:
                 pass
         except OSError as error:
             raise TransientError(f"no database answers at {shown(uri)} ({error}); {REMEDY}") from error
+
+
+def _parts(uri: str) -> SplitResult:
+    """The parts of `uri`.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    try:
+        parts = urlsplit(uri)
+        valid = parts.port != 0
+        if parts.scheme in ("http", "https"):
+            valid = valid and bool(parts.hostname) and not re.search(r"\s", uri)
+    except ValueError:  # its text would show a piece of a password that holds a "/"
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f"tracking uri {shown(uri)!r} is no address; expected http://HOST:PORT, postgresql://HOST/DATABASE or "
+            "sqlite:///FILE"
+        )
+    return parts
+
+
+def _stranger(uri: str) -> ConfigError:
+    return ConfigError(f"what answers at {shown(uri)} is not an MLflow server; give its address with --tracking-uri")
 
 
 def _reach_file(file: Path) -> None:

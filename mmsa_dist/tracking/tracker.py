@@ -10,8 +10,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -87,16 +88,39 @@ class Link:
 def open_tracker(run_dir: Path, rank: int = 0) -> Tracker:
     """The tracker of a rank: rank 0's sends to the run that `open_run` opened, all others' do nothing."""
     link = Link.load(run_dir) if rank == 0 else None
-    return MlflowTracker(link.uri, link.run_id, run_dir / SPILL) if link else NullTracker()
+    if link is None:
+        return NullTracker()
+    return MlflowTracker(link.uri, link.run_id, run_dir / SPILL, tell=partial(_tell, run_dir))
+
+
+def _tell(run_dir: Path, message: str) -> None:
+    """A warning among rank 0's events, which the driver shows; a rank's own log is seen by nobody while it trains."""
+    try:
+        events = run_folder.Events(run_dir, 0)
+        events.write("warning", message=message)
+        events.close()
+    except OSError:  # training must not end of it
+        log.warning(message)
 
 
 class MlflowTracker:
-    """Sends numbers from a thread, and samples of what the machine does (``system/…``) every ten seconds."""
+    """Sends numbers from a thread, and samples of what the machine does (``system/…``) every ten seconds.
+
+    Args:
+        spill: file for what cannot be sent.
+        tell: takes a warning, at most one in `WARN_EVERY` seconds, from any thread.
+    """
 
     def __init__(
-        self, uri: str, run_id: str, spill: Path, sample_every: float | None = None, capacity: int = 1000
+        self,
+        uri: str,
+        run_id: str,
+        spill: Path,
+        sample_every: float | None = None,
+        capacity: int = 1000,
+        tell: Callable[[str], None] = log.warning,
     ) -> None:
-        self.uri, self.run_id, self.spill = uri, run_id, spill
+        self.uri, self.run_id, self.spill, self._tell = uri, run_id, spill, tell
         interval = (
             os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "10") if sample_every is None else sample_every
         )
@@ -132,7 +156,7 @@ class MlflowTracker:
         else:
             self._thread.join(timeout)
         if self._thread.is_alive():
-            self._warn(f"it did not take the last numbers within {timeout:.0f} s")
+            self._warn(f"{store.shown(self.uri)} did not take the last ones within {timeout:.0f} s")
 
     def _run(self) -> None:
         client: MlflowClient | None = None
@@ -190,10 +214,7 @@ class MlflowTracker:
     def _warn(self, reason: str) -> None:
         if time.monotonic() - self._warned >= WARN_EVERY:
             self._warned = time.monotonic()
-            log.warning(
-                "MLflow at %s does not take numbers (%s); training goes on, they wait in %s",
-                store.shown(self.uri), reason, self.spill,
-            )  # fmt: skip
+            self._tell(f"MLflow takes no numbers, training goes on and they wait in {self.spill}: {reason}")
 
 
 class Sampler:
@@ -297,5 +318,7 @@ def only_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def short(error: Exception) -> str:
-    text = str(error) if isinstance(error, MmsaError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:200]
+    """What is wrong, without credentials: a sentence of ours whole, with its remedy; of others the beginning."""
+    if isinstance(error, MmsaError):
+        return str(error)
+    return store.shown(" ".join(f"{type(error).__name__}: {error}".split()))[:200]

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.errors import DataError
+from shards.errors import ConfigError, DataError
 from shards.sources.columns import Columns
+from shards.sources.lengths import whole
+from shards.sources.pickles import describe
 from shards.suggest import nearest
 from shards.utterance import MODALITIES
 
@@ -34,11 +36,16 @@ class Arrays:
                 raise ValueError("it is a single array")
             with archive:
                 self._names = list(archive.files)
-                ids = self._array(archive, id_array, "--id-array")
-                self._rows = {str(value): row for row, value in enumerate(ids)}
+                ids = _ids(f"{path}: {id_array}", self._array(archive, id_array, "--id-array"))
+                self._rows = {value: row for row, value in enumerate(ids)}
                 if len(self._rows) != len(ids):
                     raise DataError(f"{path}: {id_array} names {len(ids) - len(self._rows)} ids more than once")
                 wanted = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
+                if not any(wanted.values()):
+                    raise ConfigError(
+                        f"{path} is given, but no array of it is named; add --audio, --vision or --text-features "
+                        f"(it has {', '.join(sorted(set(self._names) - {id_array}))})"
+                    )
                 self._sequences = {m: self._sequence(archive, m, wanted[m], len(ids)) for m in MODALITIES if wanted[m]}
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; expected an .npz of features") from error
@@ -91,15 +98,18 @@ class Arrays:
         name, _, lengths_name = (spec or "").partition(":")
         option = "--text-features" if modality == "text" else f"--{modality}"
         values = self._array(archive, name, option)
-        lengths = self._array(archive, lengths_name, option).astype(np.int64) if lengths_name else None
         if values.dtype.kind not in "iuf" or values.ndim not in (2, 3):
             raise DataError(
                 f"{self._path}: {name} is {values.dtype} {values.shape}, expected numbers (N, D) or (N, T, D)"
             )
-        if lengths is not None and (lengths.shape != (count,) or (lengths < 0).any()):
-            raise DataError(
-                f"{self._path}: {lengths_name} has shape {lengths.shape}, expected ({count},) lengths, one an id"
-            )
+        lengths = None
+        if lengths_name:
+            lengths = self._lengths(self._array(archive, lengths_name, option), lengths_name, count)
+            steps = values.shape[values.ndim - 2]
+            if lengths.max(initial=0) > steps:
+                raise DataError(
+                    f"{self._path}: {lengths_name} goes up to {lengths.max():,}, but {name} has {steps:,} steps"
+                )
         if values.ndim == 2 and lengths is not None:
             if lengths.sum() != len(values):
                 raise DataError(
@@ -109,8 +119,16 @@ class Arrays:
         if len(values) != count:
             hint = f"; if these are steps of all utterances, say {name}:LENGTHS" if values.ndim == 2 else ""
             raise DataError(f"{self._path}: {name} has {len(values):,} rows, expected {count:,}, one an id{hint}")
-        if lengths is not None and lengths.max(initial=0) > values.shape[1]:
-            raise DataError(
-                f"{self._path}: {lengths_name} goes up to {lengths.max()}, but {name} has {values.shape[1]} steps"
-            )
         return (values[:, None] if values.ndim == 2 else values), None, lengths
+
+    def _lengths(self, told: np.ndarray, name: str, count: int) -> np.ndarray:
+        if told.shape != (count,) or told.dtype.kind not in "iuf":
+            raise DataError(f"{self._path}: {name} is {describe(told)}, expected ({count},) lengths, one an id")
+        return whole(f"{self._path}: {name}", told)
+
+
+def _ids(at: str, ids: np.ndarray) -> list[str]:
+    """Ids (N,) as strings, whichever way the npz holds them."""
+    if ids.ndim != 1:
+        raise DataError(f"{at} is {describe(ids)}, expected ids (N,), one an utterance")
+    return [value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value) for value in ids]

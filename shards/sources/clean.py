@@ -17,14 +17,19 @@ from shards.utterance import Utterance
 class Cleaner:
     """Checks samples of one source and counts what it had to mend.
 
+    Args:
+        source: of the samples.
+        unlabelled: they are to be predicted: a label that is NaN stands for none. Otherwise only a unimodal one may.
+
     Attributes:
         non_finite: modality -> values that were NaN or infinite; they become zero.
         present: modality -> samples that have it.
         absent: modality -> samples that lack it: no step, or no finite value at all.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, unlabelled: bool = False) -> None:
         self._source = source
+        self._unlabelled = unlabelled
         self.non_finite: Counter[str] = Counter()
         self.present: Counter[str] = Counter()
         self.absent: Counter[str] = Counter()
@@ -33,8 +38,10 @@ class Cleaner:
         """The sample as it may be stored.
 
         Raises:
-            DataError: wrong shape, label out of range, or nothing in it; names file, split, id and value.
+            DataError: wrong shape, label out of range, no valid unicode, or nothing in it; names file, split, id and
+                value.
         """
+        self._check_unicode(utterance)
         modalities: dict[str, np.ndarray] = {}
         for name, width in self._source.widths.items():
             array = self._values(name, utterance.modalities.get(name), width, utterance)
@@ -48,9 +55,12 @@ class Cleaner:
             raise DataError(
                 f"{self._at(utterance)}: every modality has length zero and there is no text; remove the sample"
             )
-        for task, label in utterance.labels.items():
+        labels = utterance.labels
+        if self._unlabelled:
+            labels = {task: label for task, label in labels.items() if not math.isnan(label)}
+        for task, label in labels.items():
             self._check_label(task, label, utterance)
-        return replace(utterance, modalities=modalities)
+        return replace(utterance, modalities=modalities, labels=labels)
 
     def check_something_finite(self) -> None:
         """Call after the train split.
@@ -85,6 +95,17 @@ class Cleaner:
         self.non_finite[name] += int(array.size - np.count_nonzero(finite))
         # zeros would pretend to be measured: a sample with no finite value lacks the modality
         return np.where(finite, array, np.zeros((), array.dtype)) if finite.any() else None
+
+    def _check_unicode(self, utterance: Utterance) -> None:
+        """Half of a surrogate pair is a character in Python and in no file."""
+        for what, text in (("id", utterance.key), ("transcript", utterance.raw_text or "")):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{self._at(utterance)}: the {what} is not valid unicode: character {error.start} is "
+                    f"{text[error.start]!r}; correct it"
+                ) from error
 
     def _check_label(self, task: str, label: float, utterance: Utterance) -> None:
         low, high = self._source.label_range

@@ -17,6 +17,7 @@ import numpy as np
 from shards.errors import DataError
 from shards.files import sha256_of
 from shards.sources import pickles
+from shards.sources.lengths import whole
 from shards.suggest import nearest
 from shards.utterance import MODALITIES, SPLITS, UNIMODAL_TASK, Utterance
 
@@ -123,7 +124,8 @@ class MmsaSource:
         assert part.tokens is not None
         ids, mask = part.tokens[number, 0], part.tokens[number, 1]
         kept = ids[: _last(mask)]
-        tokens = kept.astype(np.int32)
+        with np.errstate(invalid="ignore"):  # of what no int32 holds, which is said below
+            tokens = kept.astype(np.int32)
         if not np.array_equal(tokens, kept) or (tokens < 0).any():
             raise DataError(
                 f"{self.where}: {split}, id {part.ids[number]!r}: text_bert has ids that are not whole numbers"
@@ -155,7 +157,7 @@ class MmsaSource:
         for key in needed:
             if key not in content:
                 raise DataError(f"{at} has no key {key!r}{nearest(key, map(str, content))}")
-        ids = [_text(value) for value in content["id"]]
+        ids = [_text(value) for value in _rows(f"{at}.id", content["id"])]
         if not ids:
             raise DataError(
                 f"{at} is empty: it has no samples; every split needs some (move a few there and pack again)"
@@ -166,9 +168,8 @@ class MmsaSource:
         def column(key: str) -> Any:
             """The key's value with one entry a sample, or None where the file lacks it."""
             value = content.get(key)
-            if value is not None and (not hasattr(value, "__len__") or len(value) != len(ids)):
-                rows = len(value) if hasattr(value, "__len__") else "no"
-                raise DataError(f"{at}.{key} has {rows} rows, expected {len(ids)}, one for each id")
+            if value is not None and len(_rows(f"{at}.{key}", value)) != len(ids):
+                raise DataError(f"{at}.{key} has {len(value)} rows, expected {len(ids)}, one for each id")
             return value
 
         features = {name: _features(f"{at}.{name}", column(name)) for name in MODALITIES if name in wanted}
@@ -179,7 +180,7 @@ class MmsaSource:
             raise DataError(f"{at}.raw_text of id {ids[texts.index(None)]!r} is not a string")
         tokens = column("text_bert")
         if tokens is not None:
-            tokens = np.asarray(tokens)
+            tokens = _array(f"{at}.text_bert", tokens)
             if tokens.ndim != 3 or tokens.shape[1] != 3 or tokens.dtype.kind not in "iuf":
                 raise DataError(
                     f"{at}.text_bert is {pickles.describe(tokens)}, expected numbers (N, 3, T): ids, mask, segment"
@@ -189,16 +190,16 @@ class MmsaSource:
                 f"{at} has none of {', '.join([*MODALITIES, 'raw_text', 'text_bert'])}; keys are {_listed(content)}"
             )
         lengths = {
-            n: _numbers(f"{at}.{n}_lengths", column(f"{n}_lengths")) for n in features if f"{n}_lengths" in content
+            name: whole(f"{at}.{key}", _numbers(f"{at}.{key}", column(key)))
+            for name, key in ((name, f"{name}_lengths") for name in features)
+            if key in content
         }
-        for name, values in lengths.items():
-            if not np.array_equal(values, values.astype(np.int64)) or (values < 0).any():
-                raise DataError(
-                    f"{at}.{name}_lengths holds {values.min():g}..{values.max():g}, expected whole numbers from 0"
-                )
-        labels = {
-            t: _numbers(f"{at}.{key}", column(key)).astype(np.float32) for t, key in _LABELS.items() if key in content
-        }
+        with np.errstate(over="ignore"):  # a label beyond float32 becomes infinite, which is out of any range
+            labels = {
+                task: _numbers(f"{at}.{key}", column(key)).astype(np.float32)
+                for task, key in _LABELS.items()
+                if key in content
+            }
         steps = {value.shape[1] if isinstance(value, np.ndarray) else -1 for value in features.values()}
         aligned = not lengths and len(features) > 1 and len(steps) == 1 and -1 not in steps
         return _Split(ids, texts, features, lengths, tokens, labels, aligned)  # type: ignore[arg-type]  # no None is left
@@ -247,11 +248,30 @@ def _listed(content: dict[Any, Any]) -> str:
     return ", ".join(sorted(map(str, content))[:20])
 
 
+def _rows(at: str, value: Any) -> Any:
+    """`value`, which has one entry a sample. A string has letters, a dict has keys: neither are entries."""
+    if not isinstance(value, list | tuple) and not (isinstance(value, np.ndarray) and value.ndim):
+        raise DataError(f"{at} is {pickles.describe(value)}, expected a list or an array with one entry a sample")
+    return value
+
+
+def _array(at: str, value: Any) -> np.ndarray:
+    """`value` as an array."""
+    try:
+        return np.asarray(value)
+    except (ValueError, RecursionError) as error:  # a list may hold itself
+        raise DataError(
+            f"{at} is {pickles.describe(value)} whose entries differ in length or depth, expected an array"
+        ) from error
+
+
 def _numbers(at: str, value: Any) -> np.ndarray:
     """(N,) numbers from a list or an array, whatever its unit dimensions."""
-    array = np.asarray(value)
+    if value is None:
+        raise DataError(f"{at} is None; leave the key out or fill it")
+    array = _array(at, value)
     if array.dtype == object:
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             array = array.astype(np.float64)
     if array.dtype.kind not in "iufb" or array.size != len(value):
         raise DataError(f"{at} is {pickles.describe(array)}, expected one number a sample")
@@ -263,13 +283,13 @@ def _features(at: str, value: Any) -> np.ndarray | list[np.ndarray] | None:
     if value is None:
         return None
     if not isinstance(value, np.ndarray) or value.dtype == object:
-        arrays = [np.asarray(item) for item in value]
+        arrays = [_array(f"{at}[{number}]", item) for number, item in enumerate(value)]
         if len({a.shape for a in arrays}) > 1:
             for number, array in enumerate(arrays):
                 if array.size and (array.ndim != 2 or array.dtype.kind not in "iuf"):
                     raise DataError(f"{at}[{number}] is {pickles.describe(array)}, expected numbers (steps, width)")
             return arrays
-        value = np.stack(arrays)
+        value = _array(at, arrays)
     if value.ndim == 2:
         value = value[:, None]  # one vector a sample is one step
     if value.ndim != 3 or value.dtype.kind not in "iuf":

@@ -5,6 +5,7 @@ a numpy array, and nothing else. They are replacements, because numpy's own can 
 bytes as object pointers) that corrupts memory.
 """
 
+import math
 import pickle
 import struct
 from collections.abc import Callable
@@ -34,28 +35,47 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array whose pickled state is checked before numpy sees it."""
+    """An array whose pickled state is checked before numpy sees it, and which takes one only once.
+
+    numpy does not compare the list of an array of objects with its shape, and frees the old memory at a second state.
+    """
+
+    _filled = False
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _version, shape, dtype, fortran, data = state
-        wanted = list if dtype.real.hasobject else (bytes, bytearray)
-        if not isinstance(dtype, _DType) or not isinstance(data, wanted):
+        if self._filled or not isinstance(dtype, _DType) or not _is_shape(shape):
             raise pickle.UnpicklingError("the state of an array is malformed")
+        wanted = list if dtype.real.hasobject else (bytes, bytearray)
+        if not isinstance(data, wanted) or (isinstance(data, list) and len(data) != math.prod(shape)):
+            raise pickle.UnpicklingError("the state of an array is not what its shape and type announce")
+        self._filled = True
         super().__setstate__((1, shape, dtype.real, bool(fortran), data))  # type: ignore[arg-type]
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple) and all(type(steps) is int and steps >= 0 for steps in value)
 
 
 def _reconstruct(_kind: object, _shape: object, _code: object) -> _Array:
     return _Array((0,), np.int8)
 
 
+def _flat(data: bytes, dtype: _DType) -> np.ndarray:
+    """A view of bytes. Of an array it could outlive the memory, which numpy frees when the array gets its state."""
+    if not isinstance(data, bytes | bytearray):
+        raise pickle.UnpicklingError("the bytes of an array are malformed")
+    return np.frombuffer(data, dtype.real)
+
+
 def _scalar(dtype: _DType, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.real)[0]
+    return _flat(data, dtype)[0]
 
 
 def _frombuffer(
     data: bytes, dtype: _DType, shape: tuple[int, ...], order: Any, axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    flat = np.frombuffer(data, dtype.real)
+    flat = _flat(data, dtype)
     return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 
 
@@ -116,6 +136,7 @@ _DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
     *(EOFError, AttributeError, LookupError, ImportError, TypeError, ValueError, OverflowError, RecursionError),
+    BufferError,  # a bytearray that is to grow under an array
 )
 """What unpickling raises on bytes that are not a whole pickle."""
 
@@ -156,7 +177,8 @@ def describe(value: object) -> str:
         return f"an array {value.shape} of {value.dtype}"
     if isinstance(value, list | tuple | dict | set | frozenset):
         return f"a {type(value).__name__} of {len(value):,}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 __all__ = ["describe", "load"]

@@ -94,6 +94,8 @@ class Rows:
     def _column(self, name: str, option: str) -> list[str]:
         if name not in self._header:
             raise DataError(f"{self._path}: there is no column {name!r} ({option}){nearest(name, self._header)}")
+        if (times := self._header.count(name)) > 1:
+            raise DataError(f"{self._path}: column {name!r} ({option}) is there {times} times; rename all but one")
         position = self._header.index(name)
         return [row[position] for _, row in self._rows]
 

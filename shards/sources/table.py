@@ -44,6 +44,8 @@ class TableSource:
         seed: int = 0,
     ) -> None:
         columns = columns or Columns()
+        if hold_out_valid < 0:
+            raise ConfigError(f"--hold-out-valid {hold_out_valid}: expected a number of videos, 0 or more")
         self.where = str(table)
         rows = Rows(table)
         self._ids = rows.ids(columns.id)

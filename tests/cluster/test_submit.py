@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster.errors import ConfigError, TransientError
-from cluster.submit import main, probe, resolve_address, split, unsent
+from cluster.submit import main, probe, split, unsent
 from cluster.working_dir import files_to_send, measure, write_archive
 
 if TYPE_CHECKING:
@@ -307,20 +307,6 @@ def test_no_command_is_refused() -> None:
 
 def test_everything_after_the_first_two_dashes_belongs_to_the_command() -> None:
     assert split(["--detach", "--", "train", "--", "x"]) == (["--detach"], ["train", "--", "x"])
-
-
-@pytest.mark.parametrize("address", ["ray://head:10001", "http://", "http://head:port", "ftp://head", "http://head:0"])
-def test_an_address_that_is_none_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"http://HOST:PORT"):
-        resolve_address(address)
-
-
-def test_the_address_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert resolve_address(None) == "http://127.0.0.1:8265"
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:1")
-    assert resolve_address(None) == "http://other:1"
-    assert resolve_address("head:2/") == "http://head:2"
 
 
 # --- the working dir --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from shards.read import ShardReader
 from shards.utterance import Utterance
 from shards.write import pack
 from tests.data import WIDTHS, TinySource
+from tests.mmsa_dist import runs
 from tests.mmsa_dist.conftest import Tracked, free_port
 
 COLUMNS = ["key", "split", "y", "prediction", "prediction_text", "prediction_audio", "prediction_vision"]
@@ -149,7 +150,44 @@ def test_what_is_not_finite_is_zeroed_as_in_packing(trained: tuple[Path, Recipe]
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
 
+def test_samples_that_lack_all_that_is_read_are_answered_alike_and_counted(
+    index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training takes such samples, so predicting does too."""
+    run, _ = runs.trained(tmp_path, index, data={"modalities": ["audio"]}, epochs=1)
+    lacking = {s.key for s in ShardReader(index).samples(range(index.num_samples)) if "audio" not in s.modalities}
+    out = tmp_path / "p.csv"
+    for size in ("1", "64"):
+        assert main([str(run), "--data", str(index.folder), "--out", str(out), "--batch-size", size]) == 0
+        rows = read(out)
+        assert len(rows) == index.num_samples and len(lacking) > 1
+        assert len({round(row["prediction"], 5) for row in rows if row["key"] in lacking}) == 1
+        assert f"note: {len(lacking)} of {len(rows)} samples have none of audio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["[/x]/p.csv", "a[bold]:smile:.jsonl", "P.CSV"])
+def test_a_name_is_taken_as_it_stands(
+    name: str, trained: tuple[Path, Recipe], index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / name
+    assert main([str(trained[0]), "--data", str(index.folder), "--split", "test", "--out", str(out)]) == 0
+    assert f"{index.splits['test']} predictions in {out}\n" in capsys.readouterr().err
+    assert out.stat().st_size > 100
+
+
 # --- what is said
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("place", ["file.csv/p", "x" * 300], ids=["below a file", "too long"])
+def test_a_place_where_no_file_can_be_is_not_tried_again(
+    place: str, suffix: str, trained: tuple[Path, Recipe], index: Index, tmp_path: Path
+) -> None:
+    (tmp_path / "file.csv").touch()
+    out = tmp_path / f"{place}{suffix}"
+    text = said(ConfigError, str(trained[0]), "--data", str(index.folder), "--split", "test", "--out", str(out))
+    assert str(out) in text and "choose another --out" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["file.csv"]
 
 
 def said(error: type[Exception], *words: str) -> str:
@@ -158,7 +196,7 @@ def said(error: type[Exception], *words: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.CSV"])
+@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.csv.gz"])
 def test_an_unknown_format_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     text = said(ConfigError, "no-model", "--data", "no-data", "--out", str(tmp_path / name))
     assert ".csv, .parquet, .jsonl" in text
@@ -192,12 +230,14 @@ def test_a_split_that_the_data_lacks(trained: tuple[Path, Recipe], tmp_path: Pat
         ("models:/tiny/9", "no version 9 (versions: 1)"),
         ("models:/tiny", "is not a model's name; give models:/NAME@alias"),
         ("runs:/" + "0" * 32, "no run '0000"),
+        ("models:/m-" + "0" * 32, "no logged model 'm-0000"),
         ("nowhere", "neither a folder nor a name in the registry"),
     ],
 )
 def test_a_model_that_is_not_there(model: str, says: str, tracked: Tracked, index: Index, tmp_path: Path) -> None:
     words = ["--data", str(index.folder), "--out", str(tmp_path / "p.csv"), "--runs-dir", str(tracked.runs_dir)]
-    assert says in said(ConfigError, model, *words)
+    text = said(ConfigError, model, *words)
+    assert says in text and ("did you mean" in text or "give models:/NAME@alias" in text or "versions: 1" in text)
     assert list(tmp_path.iterdir()) == []
 
 

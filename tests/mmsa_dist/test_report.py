@@ -20,6 +20,7 @@ from mmsa_dist.report import (
     value_text,
 )
 from mmsa_dist.run_folder import Events
+from shards.progress import console
 
 RESULT = {
     "system": "self_mm",
@@ -69,6 +70,12 @@ def test_a_run_without_test_split_says_nothing_of_it() -> None:
 
 def test_synthetic_data_is_called_so() -> None:
     assert "mosi (synthetic)" in shown(result_table({**RESULT, "synthetic": True}))
+
+
+@pytest.mark.parametrize("name", ["mosi[v2]", "a[/b]", "a:smile:"])
+def test_the_name_of_a_data_set_is_printed_as_it_stands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    console.print(result_table({**RESULT, "data": name}))
+    assert f"self_mm on {name}" in capsys.readouterr().out
 
 
 def test_a_metric_that_one_split_lacks_leaves_a_gap() -> None:

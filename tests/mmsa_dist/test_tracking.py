@@ -3,10 +3,7 @@
 import json
 import logging
 import shutil
-import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +11,15 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, from_dict
 from mmsa_dist.run_folder import read_events
 from mmsa_dist.tracking import NullTracker, end_run, finish_run, open_run, open_tracker, store
 from mmsa_dist.tracking.tracker import LINK, SPILL, Link, MlflowTracker, replay
 from shards.index import Index
 from tests.mmsa_dist import runs
-from tests.mmsa_dist.conftest import Process, Tracked, Wire, free_port
+from tests.mmsa_dist.conftest import Process, Tracked, Wire, free_port, wait_for
 
 
 @pytest.fixture
@@ -46,79 +44,7 @@ def client_of(runs_dir: Path) -> MlflowClient:
     return MlflowClient(uri, uri)
 
 
-# --- which store
-
-
-def test_store_is_the_flag_then_the_environment_then_a_file_beside_the_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert store.store_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert store.store_uri(None, tmp_path) == "http://server:5000"
-    assert store.store_uri("https://other", tmp_path) == "https://other"
-
-
-def test_relative_sqlite_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert store.store_uri("sqlite:///here/mlflow.db", tmp_path) == f"sqlite:///{tmp_path}/here/mlflow.db"
-
-
-@pytest.mark.parametrize(
-    ("uri", "says"),
-    [
-        ("./mlruns", "plain folder"),
-        ("file:///tmp/mlruns", "plain folder"),
-        ("sqlite:///:memory:", "names no file"),
-        ("sqlite://", "names no file"),
-        ("ftp://server/x", "unknown scheme 'ftp'"),
-    ],
-)
-def test_a_store_that_cannot_keep_runs_is_refused(uri: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=says):
-        store.store_uri(uri, tmp_path)
-
-
-@pytest.mark.parametrize("scheme", ["http", "postgresql"])
-def test_an_unreachable_store_is_said_within_seconds(scheme: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(TransientError) as raised:
-        store.connect(f"{scheme}://user:secret@127.0.0.1:{free_port()}/")
-    assert time.monotonic() - began < 6
-    assert "127.0.0.1" in str(raised.value) and "--tracking.no-enabled" in str(raised.value)
-    assert "secret" not in str(raised.value)
-
-
-def test_a_server_that_accepts_and_never_answers_is_said_within_seconds(silent_port: int) -> None:
-    began = time.monotonic()
-    with pytest.raises(TransientError, match="timed out"):
-        store.connect(f"http://127.0.0.1:{silent_port}")
-    assert time.monotonic() - began < 8
-
-
-def test_another_program_behind_the_address_is_said() -> None:
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.raises(ConfigError, match="is not an MLflow server"):
-            store.connect(f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-
-
-def test_a_database_that_is_none_or_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "text.db").write_text("hello, I am no database")
-    with pytest.raises(ConfigError, match="is not a sqlite database"):
-        store.connect(f"sqlite:///{tmp_path}/text.db")
-    with pytest.raises(TransientError, match="cannot be written"):
-        store.connect(f"sqlite:///{tmp_path}/text.db/inside/mlflow.db")
+# --- opening a run
 
 
 def test_a_password_is_never_saved(
@@ -138,9 +64,6 @@ def test_a_password_is_never_saved(
     assert all(b"secret" not in file.read_bytes() for file in folder.rglob("*") if file.is_file())
     run = MlflowClient(server.uri).get_run(run_id)
     assert run.data.metrics["train_loss"] == 1.0 and "secret" not in str(run.to_dictionary())
-
-
-# --- opening a run
 
 
 def test_off_is_off(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
@@ -304,6 +227,20 @@ def test_training_never_waits_for_a_server_that_hangs(
     assert "training goes on" in caplog.text
 
 
+def test_a_warning_reaches_the_terminal_whole(
+    runs_dir: Path, trained: tuple[Path, Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank says it among its events, and the driver, which follows them, prints it."""
+    folder, _ = described(runs_dir, trained)
+    (folder / "events").mkdir()
+    Link(f"http://127.0.0.1:{free_port()}", "run", "experiment", "1").save(folder)
+    with Follower(folder, "mae"), open_tracker(folder) as tracker:
+        tracker.epoch({"train_loss": 1.0}, 1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+    assert "training goes on" in line and str(folder / SPILL) in line
+    assert line.endswith(store.REMEDY)
+
+
 def test_a_database_of_another_machine_is_not_made_here(tmp_path: Path) -> None:
     tracker = MlflowTracker(f"sqlite:///{tmp_path}/elsewhere.db", "run", tmp_path / SPILL)
     tracker.epoch({"train_loss": 1.0}, 1)
@@ -393,19 +330,3 @@ def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(
     Link(f"http://127.0.0.1:{free_port()}", "run", "experiment", "1").save(tmp_path)
     end_run(tmp_path)
     assert "could not be recorded" in caplog.text
-
-
-@pytest.fixture
-def silent_port() -> object:
-    """A port that accepts connections and never answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        yield listener.getsockname()[1]
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

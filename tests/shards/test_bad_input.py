@@ -114,6 +114,50 @@ def test_an_array_whose_bytes_would_be_pointers(tmp_path: Path) -> None:
         load(written(tmp_path, [Forged()]))
 
 
+class State:
+    """Unpickles as an array of objects with this state."""
+
+    def __init__(self, shape: Any, data: list[Any]) -> None:
+        self._state = (1, shape, np.dtype("O"), False, data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), self._state
+
+
+def opcodes(value: object) -> bytes:
+    """What leaves `value` on the stack of an unpickler; writes its memo from 0 on."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+BYTE, VIEW = np.dtype("u1"), np._core.numeric._frombuffer
+FORGED = {
+    "fewer objects than its shape has": opcodes(State((2_000_000,), [1])),
+    "a shape below zero": opcodes(State((-5,), [1])),
+    "a shape of truths": opcodes(State((True,), [1])),
+    "a second state": opcodes(np.zeros(4, BYTE)) + opcodes((1, (2,), BYTE, False, b"AA")) + b"b",
+    "a view of an array": opcodes(Evil(VIEW, np.zeros(4, BYTE), BYTE, (4,), "C")),
+    "a number out of an array": opcodes(Evil(np._core.multiarray.scalar, BYTE, np.zeros(1, BYTE))),
+    "bytes that grow under a view": b"".join(
+        [
+            *(opcodes(bytearray(b"AAAA")), b"q\xc8"),  # kept as number 200
+            *(opcodes(VIEW), b"(h\xc8", opcodes(BYTE), opcodes((4,)), opcodes("C"), b"tR"),
+            b"h\xc8K\1a",  # 1 is appended to it
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_an_array_forged_to_reach_foreign_memory(tmp_path: Path, forged: str) -> None:
+    """In a process of its own: what reaches foreign memory ends it."""
+    path = tmp_path / "features.pkl"
+    path.write_bytes(b"\x80\2" + FORGED[forged] + b".")
+    argv = [sys.executable, "-m", "mmsa_dist", "pack", "mmsa", str(path), "--out", str(tmp_path / "set")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith(f"error: {path}: cannot be unpickled")
+
+
 def test_a_few_bytes_that_ask_for_gigabytes(tmp_path: Path) -> None:
     """Memo number 2^31: the unpickler in C makes room for all the numbers before it."""
     path = tmp_path / "memo.pkl"
@@ -264,6 +308,15 @@ def test_a_disk_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(TransientError, match="Input/output error; what was written is removed again"):
         pack(GeneratedSource("mosi", 5), tmp_path / "set")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("letters", [250, 300])  # the workspace's name is longer than the folder's
+def test_a_name_that_no_file_system_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str], letters: int) -> None:
+    out = tmp_path / ("x" * letters)
+    assert f"--out {out} cannot be written: File name too long; choose another folder" in refused(
+        capsys, 2, "pack", "generated", "--samples", "5", "--out", str(out)
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,7 +59,26 @@ def test_shard_size_is_in_megabytes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(sizes) > 1
     assert all(2**19 <= size < 2**19 + 200_000 for size in sizes[:-1])
     assert main(["pack", "generated", "--shard-size", "0", "--out", str(tmp_path / "other")]) == 2
-    assert "a shard needs more than 0 MB" in capsys.readouterr().err
+    assert "expected a number of megabytes above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("generated --shard-size nan", "--shard-size nan: expected a number of megabytes above 0; 64 is the default"),
+        ("generated --shard-size inf", "--shard-size inf: expected a number of megabytes"),
+        ("generated --seed -1", "--seed -1: a seed is 0 or more"),
+        ("mmsa x.pkl --label-range -inf inf", "--label-range -inf inf: expected two numbers, the lower one first"),
+        ("mmsa x.pkl --label-range 3 -3", "--label-range 3 -3: expected two numbers"),
+        ("table x.csv --label-range nan nan", "--label-range nan nan: expected two numbers"),
+        ("table x.csv --label-range 0 0", "--label-range 0 0: expected two numbers"),
+    ],
+)
+def test_a_number_that_no_packing_can_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: str, said: str
+) -> None:
+    assert main(["pack", *argv.split(), "--out", str(tmp_path / "set")]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
 
 
 def test_a_wrong_format_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

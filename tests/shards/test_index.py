@@ -1,6 +1,7 @@
 """The index: whole or not there, refused where it is not what it says, and its arithmetic."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmsa_dist.__main__ import main
 from shards.errors import DataError
+from shards.files import sha256_of
 from shards.index import SCHEMA, Index, Modality, Shard, table_schema
 from shards.utterance import SPLITS
-from tests.shards.made import packed, utterances
+from tests.shards.made import overwrite, packed, utterances
 
 
 @pytest.fixture
@@ -136,6 +139,11 @@ def test_damaged_json(index: Index) -> None:
     assert "not valid JSON" in refused(index)
 
 
+def test_json_that_nests_without_end(index: Index) -> None:
+    (index.folder / "index.json").write_text("[" * 200_000)
+    assert "not valid JSON" in refused(index)
+
+
 def test_not_an_index(index: Index) -> None:
     (index.folder / "index.json").write_text("[1, 2]")
     assert "not an index of this tool" in refused(index)
@@ -157,6 +165,8 @@ def test_an_index_from_a_newer_version(index: Index) -> None:
         ({"statistics": {}}, "statistics"),
         ({"label_range": [-1, 1]}, "it was edited"),
         ({"tasks": ["V", "M"]}, "tasks are"),
+        ({"fingerprint": "", "label_range": [-1, 1]}, "has no fingerprint: it was edited"),
+        ({"fingerprint": "0" * 64}, "fingerprint is 000000000000…, its fields give"),
     ],
 )
 def test_an_edited_index(index: Index, changes: dict[str, object], said: str) -> None:
@@ -175,12 +185,43 @@ def test_a_missing_damaged_or_foreign_table(index: Index) -> None:
     path = index.table_path(0)
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(DataError, match=r"train-00000\.arrow: is missing, but .*index\.json lists it"):
+    with pytest.raises(DataError, match=r"train-00000\.arrow: cannot be read .* copy the folder whole or pack again"):
         index.table(0)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a readable Arrow file"):
+    with pytest.raises(DataError, match=rf"has {len(whole) // 2} bytes, expected {len(whole)}: it is truncated"):
         index.table(0)
+    with pytest.raises(DataError, match="not a readable Arrow file"):
+        trusting(index).table(0)
     with pa.ipc.new_file(str(path), pa.schema([("key", pa.string())])) as writer:
         writer.write_table(pa.table({"key": ["a"]}))
     with pytest.raises(DataError, match=r"has 1 rows with columns \['key'\], expected"):
+        trusting(index).table(0)
+
+
+def trusting(index: Index) -> Index:
+    """An index for which the first table is right as it stands."""
+    path, (first, *others) = index.table_path(0), index.shards
+    told = first.model_copy(update={"table_bytes": path.stat().st_size, "table_sha256": sha256_of(path)})
+    return index.model_copy(update={"shards": (told, *others)})
+
+
+def test_a_table_is_not_used_without_its_checksum(index: Index) -> None:
+    """A label of another value makes no unreadable file: only the checksum tells."""
+    label = index.table(0)["label_M"].chunk(0).buffers()[1].to_pybytes()[:16]
+    at = index.table_path(0).read_bytes().index(label)
+    overwrite(index.table_path(0), at, np.float32(2.5).tobytes())
+    with pytest.raises(DataError, match="sha256 is"):
         index.table(0)
+    assert index.table(0, verify=False)["label_M"][0].as_py() == 2.5
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_inspect_misses_a_tar(index: Index, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = index.tar_path(1)
+    tar.chmod(0o644)
+    if damage == "missing":
+        tar.unlink()
+    else:
+        os.truncate(tar, index.shards[1].bytes - 512)
+    assert main(["inspect", str(index.folder)]) == 3
+    assert f"error: {tar}: " in capsys.readouterr().err

@@ -302,22 +302,6 @@ def test_foreign_and_pickled_features(tmp_path: Path) -> None:
         TableSource(path, features, told)
 
 
-@pytest.mark.parametrize(
-    ("changed", "told", "said"),
-    [
-        ({"sound": np.zeros((9, 5))}, "sound", "sound has 9 rows, expected 24, one an id; if these are steps of all"),
-        ({"sound": np.zeros(ROWS)}, "sound", "sound is float64 (24,), expected numbers (N, D) or (N, T, D)"),
-        ({"n": np.full(ROWS, 2)}, "sound:n", "n sums to 48, but sound has 24 steps"),
-        ({"n": np.ones(3, int)}, "sound:n", "n has shape (3,), expected (24,) lengths, one an id"),
-        ({"sound": np.zeros((ROWS, 2, 5)), "n": np.full(ROWS, 3)}, "sound:n", "n goes up to 3, but sound has 2 steps"),
-        ({"id": np.array(["v0_0"] * ROWS)}, "sound", "id names 23 ids more than once"),
-        ({"id": np.arange(ROWS)}, "sound", "has no row for id 'v0_0' of"),
-    ],
-)
-def test_arrays_of_the_wrong_shape(tmp_path: Path, changed: dict[str, np.ndarray], told: str, said: str) -> None:
-    assert said in refused(tmp_path, DataError, None, arrays(**changed), audio=told)
-
-
 def test_contradictions(tmp_path: Path) -> None:
     assert "--audio names an array, but no .npz file is given" in refused(tmp_path, ConfigError, audio="sound")
     assert "neither a transcript nor features are named" in refused(tmp_path, ConfigError, text="none")

@@ -92,15 +92,14 @@ def exchanged(index: Index, one: Path, other: Path, **fields: str) -> Index:
     """The index of a folder where `one` has the content of `other`, checksums and all."""
     one.chmod(0o644)
     one.write_bytes(other.read_bytes())
-    path = index.folder / "index.json"
-    content = json.loads(path.read_text())
-    del content["fingerprint"]
+    content = json.loads((index.folder / "index.json").read_text())
+    del content["fingerprint"], content["schema"]
     prefix = "table_" if one.suffix == ".arrow" else ""
     name = "table" if prefix else "url"
     for shard in content["shards"]:
         if shard[name] == one.name:
             shard |= {f"{prefix}bytes": one.stat().st_size, f"{prefix}sha256": sha256_of(one)}
-    path.write_text(json.dumps(content))
+    Index(**content, folder=index.folder).save()
     return Index.load(index.folder)
 
 

@@ -1,8 +1,6 @@
 """Packing: standard WebDataset tars, byte for byte the same each time, a folder that is there whole or not at all."""
 
-import fcntl
 import json
-import os
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -282,20 +280,6 @@ def test_an_overwrite_that_fails_keeps_the_old(index: Index, samples: list[Utter
 def test_an_empty_folder_is_as_good_as_none(tmp_path: Path, samples: list[Utterance]) -> None:
     (tmp_path / "set").mkdir()
     assert packed(tmp_path / "set", samples).num_samples == len(samples)
-
-
-def test_what_a_killed_packing_left_is_removed_and_a_working_one_is_not(
-    tmp_path: Path, samples: list[Utterance]
-) -> None:
-    dead, working = tmp_path / ".set.packing-dead", tmp_path / ".set.packing-works"
-    for folder in (dead, working):
-        folder.mkdir()
-        (folder / "train-00000.tar").write_bytes(b"half")
-    lock = os.open(working, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    packed(tmp_path / "set", samples)
-    os.close(lock)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.packing-works", "set"]
 
 
 @pytest.mark.parametrize("system", ["this", "without renameat2"])

@@ -1,0 +1,133 @@
+"""The folder that a packing works in, and how it becomes the data set: whole, or not at all.
+
+Several packings may work at the same time, into the same folder even: each has a workspace of its own, and the target
+changes in one step.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from shards.errors import ConfigError
+from shards.files import exchange, sync_folder
+from shards.index import FILE
+from shards.utterance import SPLITS
+
+_OURS = re.compile(rf"{re.escape(FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.(tar|arrow)")
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Says before the work what would forbid `publish` after it.
+
+    Raises:
+        ConfigError: `out` is taken, by files that may not be replaced.
+    """
+    for parent in out.parents:
+        if parent.is_file():
+            raise ConfigError(f"--out {out} cannot be made: {parent} is a file; choose another folder")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder that does not exist yet")
+    names = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
+    if names and not overwrite:
+        raise ConfigError(
+            f"--out {out} is not empty ({len(names)} files); choose another folder, or --overwrite to replace it"
+        )
+    if foreign:
+        raise ConfigError(
+            f"--out {out} holds {foreign[0]!r}, which no packing wrote; --overwrite replaces packed data only: "
+            "choose another folder"
+        )
+
+
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, gone afterwards unless it was renamed. Those of killed packings go too."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # held while we live: a killed packing's folder can be told from a working one's
+    folder, lock = _claimed(out)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def publish(folder: Path, out: Path, overwrite: bool) -> None:
+    """Gives the finished folder its name; what was there is removed after the change, not before.
+
+    Raises:
+        ConfigError: `out` was filled since `check_target`.
+    """
+    sync_folder(folder)
+    if overwrite and out.exists():
+        check_target(out, overwrite)
+        exchange(folder, out)  # the workspace, which now holds the old data, is removed by its owner
+    else:
+        try:
+            folder.rename(out)  # onto nothing or an empty folder; the system refuses any other
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise ConfigError(
+                f"--out {out}: another packing finished there meanwhile; choose another folder, or --overwrite to "
+                "replace it"
+            ) from error
+    sync_folder(out.parent)
+
+
+def _claimed(out: Path) -> tuple[Path, int | None]:
+    """A new workspace and what locks it; stale ones are removed.
+
+    One packing at a time does this: between its making and its locking a folder looks like a stale one.
+    """
+    turn = _lock(out.parent, wait=True)
+    try:
+        prefix = f".{out.name}.packing-"
+        for stale in out.parent.glob(f"{escape(prefix)}*"):
+            if (lock := _lock(stale)) is not None:
+                shutil.rmtree(stale, ignore_errors=True)
+                _unlock(lock)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        folder.chmod(0o777 & ~_umask())
+        return folder, _lock(folder)
+    finally:
+        _unlock(turn)
+
+
+def _lock(folder: Path, wait: bool = False) -> int | None:
+    """A descriptor that locks the folder; None where another process holds it, it is gone, or locks are not to be had.
+
+    Args:
+        wait: until the other process lets go of it.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
