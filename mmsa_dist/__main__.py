@@ -42,12 +42,6 @@ by SIGTERM.
 Set MMSA_DEBUG=1 to see tracebacks."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what happens on Ctrl-C happens on it too."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and gives its exit code; every error that is the user's to mend is one sentence on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -67,12 +61,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
+    came: list[int] = []
     try:
-        with _terminable():
+        with _terminable(came):
             return int(getattr(importlib.import_module(module), function)(rest) or 0)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return stop.exit_code if isinstance(stop, Terminated) else 130
+        return 128 + (came[0] if came else signal.SIGINT)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:  # ours to mend: show where
@@ -85,15 +80,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, which ends a process on the spot, raises `Terminated` inside: nothing half-written stays behind.
+def _terminable(came: list[int]) -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, where it would end this process on the spot: nothing half-written stays behind.
+
+    Args:
+        came: gets the signal's number; Ray raises a KeyboardInterrupt of its own for the one raised here.
 
     Not in a rank of torchrun: it may wait in a collective, where no handler of Python's runs, and would not end at all.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends on the spot
-        raise Terminated
+        came.append(number)
+        raise KeyboardInterrupt
 
     ours = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -149,12 +149,15 @@ def test_a_killed_driver_leaves_nothing_and_resumes(
 
 
 @two_cpus
-def test_an_interrupt_says_how_to_go_on(words: list[str], tmp_path: Path) -> None:
-    run = Run(tmp_path, *words, "--workers", "2", "--launcher", "local")
+@pytest.mark.parametrize(("number", "launcher", "code"), [(signal.SIGINT, "local", 130), (signal.SIGTERM, "ray", 143)])
+def test_an_interrupt_says_how_to_go_on(
+    number: int, launcher: str, code: int, words: list[str], tmp_path: Path
+) -> None:
+    run = Run(tmp_path, *words, "--workers", "2", "--launcher", launcher)
     run.until_epoch(2)
     ranks = [run.pid(0), run.pid(1)]
-    os.kill(run.process.pid, signal.SIGINT)
-    assert run.wait() == 130, run.output
+    os.kill(run.process.pid, number)
+    assert run.wait() == code, run.output
     assert f"mmsa-dist train --resume {run.folder}" in run.output
     assert all(gone(pid) for pid in ranks)
 
