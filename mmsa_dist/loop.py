@@ -139,7 +139,10 @@ def keep_best(weights: Path, folder: Path) -> None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout's randomness as a function of (seed, step, rank): a restart needs no generator state."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    number = int.from_bytes(digest, "little") >> 1
+    torch.default_generator.manual_seed(number)  # torch.manual_seed asks for every kind of device, every step
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)
 
 
 def flat(summary: dict[str, Any]) -> dict[str, Any]:

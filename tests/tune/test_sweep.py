@@ -59,7 +59,7 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     rates = dict.fromkeys(("audio", "vision", "rest"), 5.0e-3)
     recipe.write_text(yaml.safe_dump({"optim": {"lr": {"text": 5.0e-5, **rates}}, "data": {"batch_size": 8}}))
     # this seed draws: 2 one that learns, 3 one that fails, 4 one that learns nothing
-    options = ["--trials=4", "--epochs=9", "--grace=1", "--max-concurrent=2", "--seed=10", "--alias=champion"]
+    options = ["--trials=4", "--epochs=5", "--grace=1", "--max-concurrent=2", "--seed=10", "--alias=champion"]
     paths = ["--data", str(data), "--recipe", str(recipe), "--space", str(space), "--runs-dir", str(runs)]
     command = [sys.executable, "-c", SWEEP, "ufen_mtfn", *paths, *options]
     done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=900, check=False)
@@ -179,7 +179,7 @@ def test_best_yaml_is_a_recipe_that_train_takes(swept: Swept) -> None:
     assert best is not None
     recipe = load_recipe("ufen_mtfn", str(swept.folder / "best.yaml"), [])
     assert recipe.optim.lr.rest == best.values["optim.lr.rest"] and recipe.model.layers == best.values["model.layers"]  # type: ignore[attr-defined]
-    assert recipe.train.test and recipe.train.epochs == 9
+    assert recipe.train.test and recipe.train.epochs == 5
     assert recipe.tracking.parent is None and recipe.tracking.alias == ("champion",)
     assert "Best of 4 trials" in (swept.folder / "best.yaml").read_text().splitlines()[0]
 
