@@ -32,9 +32,9 @@ commands:
 {commands}
 
 First steps:
-  mmsa-dist pack generated --like mosi --out shards/mosi      synthetic data; `pack mmsa FILE.pkl` reads real features
-  mmsa-dist train ufen_mtfn --data shards/mosi --workers 2 --zero 2 --alias champion
-  mmsa-dist predict models:/ufen_mtfn@champion --data shards/mosi --out predictions.csv
+  mmsa-dist pack generated --like mosi --out data/mosi      synthetic data; `pack mmsa FILE.pkl` reads real features
+  mmsa-dist train ufen_mtfn --data data/mosi --workers 2 --zero 2 --alias champion
+  mmsa-dist predict models:/ufen_mtfn@champion --data data/mosi --out predictions.csv
 
 `mmsa-dist COMMAND --help` explains a command. Exit codes: 0 done, 2 the command or recipe is wrong, 3 the data is
 wrong, 4 training failed, 75 something outside failed and trying again may help, 130 stopped with Ctrl-C, 143 stopped

@@ -37,9 +37,10 @@ The most used values:
   --tracking-uri URI   MLflow server (default: MLFLOW_TRACKING_URI, else a sqlite file beside the runs)
 
 Examples:
-  mmsa-dist train ufen_mtfn --data shards/mosi --workers 2 --zero 2
-  mmsa-dist train self_mm --data shards/mosi --text.encoder bert-base-uncased --optim.lr.text 3e-5
-  torchrun --standalone --nproc-per-node 2 -m mmsa_dist train self_mm --data shards/mosi --launcher torchrun"""
+  mmsa-dist train ufen_mtfn --data data/mosi --workers 2 --zero 2
+  mmsa-dist train self_mm --data data/mosi --text.encoder bert-base-uncased --optim.lr.text 3e-5
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 \\
+      -m mmsa_dist train self_mm --data data/mosi --launcher torchrun"""
 
 
 def train(argv: list[str]) -> int:

@@ -25,6 +25,7 @@ class Follower:
         self._thread = threading.Thread(target=self._follow, name="follow-events", daemon=True)
         self._bar: Any = None
         self._task: Any = None
+        self._seconds = 0.0
         # what an earlier attempt wrote was shown then
         self._position = self.path.stat().st_size if self.path.is_file() else 0
 
@@ -92,6 +93,11 @@ class Follower:
             star = "  (best)" if event["best_epoch"] == event["epoch"] else ""
             console.print(
                 f"epoch {event['epoch']:3d}  train loss {event['train_loss']:.4f}  valid {self.monitor} {shown}{star}  "
-                f"{event['seconds']:.0f} s",
+                f"{self._took(event['seconds']):.0f} s",
                 highlight=False,
             )
+
+    def _took(self, seconds: float) -> float:
+        """Seconds of this epoch; events count from the start of the attempt, so after a restart from 0 again."""
+        before, self._seconds = self._seconds, seconds
+        return seconds - before if seconds >= before else seconds

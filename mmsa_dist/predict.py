@@ -22,9 +22,9 @@ EXAMPLES = """Writes a row a sample: key, split, y (the label, where there is on
 unimodal predictions. Prints the metrics that the field reports, where there are labels.
 
 Examples:
-  mmsa-dist predict models:/ufen_mtfn@champion --data shards/mosi --split test --out predictions.csv
+  mmsa-dist predict models:/ufen_mtfn@champion --data data/mosi --split test --out predictions.csv
   mmsa-dist predict models:/ufen_mtfn/3 --data unaligned_50.pkl --out predictions.parquet
-  mmsa-dist predict runs/self_mm-20260101-120000-ab12 --data shards/mosi --out predictions.jsonl --json"""
+  mmsa-dist predict runs/self_mm-20260101-120000-ab12 --data data/mosi --out predictions.jsonl --json"""
 
 
 class PredictOptions(Strict):

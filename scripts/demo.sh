@@ -37,8 +37,8 @@ cat <<END
 
 Done. What to do next:
 
-  the runs, the model and its versions in a browser (http://127.0.0.1:5000):
-    $1/mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI
+  the runs, the model and its versions in a browser (http://127.0.0.1:5000, half a minute after the start):
+    $1/mlflow ui --workers 1 --backend-store-uri $MLFLOW_TRACKING_URI
 
   the same on your own MMSA features:
     make demo DATA=path/to/MOSI/Processed/unaligned_50.pkl

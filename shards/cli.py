@@ -26,9 +26,9 @@ formats:
   generated                   synthetic data at the size of a published set
 
 examples:
-  mmsa-dist pack mmsa MOSI/Processed/unaligned_50.pkl --out shards/mosi
-  mmsa-dist pack table utterances.csv features.npz --split split_official --audio audio_opensmile --out shards/mosi
-  mmsa-dist pack generated --like mosi --out shards/synthetic
+  mmsa-dist pack mmsa MOSI/Processed/unaligned_50.pkl --out data/mosi
+  mmsa-dist pack table utterances.csv features.npz --split split_official --audio audio_opensmile --out data/mosi
+  mmsa-dist pack generated --like mosi --out data/synthetic
 
 `mmsa-dist pack FORMAT --help` lists the options of a format."""
 

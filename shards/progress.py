@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 # plain: names of files and data sets may hold [brackets] and :colons:
 console = Console(highlight=False, markup=False, emoji=False)
+if not console.is_terminal:
+    console.width = 140  # in a log a table is better wide than cropped at 80 columns
 remarks = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -49,11 +51,13 @@ def _bar(iterable: Iterable[_Item], total: int | None, description: str) -> Iter
 
 
 def _lines(iterable: Iterable[_Item], total: int | None, description: str) -> Iterator[_Item]:
-    last = time.monotonic()
+    last, said = time.monotonic(), False
     for done, item in enumerate(iterable):
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
-            last = now
+            last, said = now, True
             share = f"/{total:,} ({100 * done // total} %)" if total else ""
             remarks.print(f"{description}: {done:,}{share}", soft_wrap=True)
         yield item
+    if said:  # whoever read of a part shall not think that it ended there
+        remarks.print(f"{description}: done", soft_wrap=True)

@@ -42,7 +42,7 @@ A value given here is not searched, e.g. --batch-size 32. The most used:
   --register NAME, --alias champion, --tracking-uri URI   as in `mmsa-dist train`
 
 Example:
-  mmsa-dist sweep self_mm --data shards/mosi --trials 50 --epochs 20 --alias champion"""
+  mmsa-dist sweep self_mm --data data/mosi --trials 50 --epochs 20 --alias champion"""
 
 
 @dataclass(frozen=True)

@@ -219,5 +219,6 @@ def _gather(rows: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return rows
     out = rows.new_empty(dist.get_world_size() * rows.shape[0], rows.shape[1])
-    dist.all_gather_into_tensor(out, rows)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+    gather(out, rows)
     return out

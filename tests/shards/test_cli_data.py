@@ -140,7 +140,8 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert list(track(range(4), 4, "packing train")) == [0, 1, 2, 3]
     assert list(track(iter("ab"), None, "reading")) == ["a", "b"]
     said = capsys.readouterr().err.splitlines()
-    assert said == [*(f"packing train: {n}/4 ({25 * n} %)" for n in range(4)), "reading: 0", "reading: 1"]
+    counted = [*(f"packing train: {n}/4 ({25 * n} %)" for n in range(4)), "packing train: done"]
+    assert said == [*counted, "reading: 0", "reading: 1", "reading: done"]
 
 
 def test_inspect_json_is_one_document(tmp_path: Path) -> None:
