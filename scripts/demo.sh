@@ -14,8 +14,10 @@ data=${4:-}
 MLFLOW_TRACKING_URI="sqlite:///$PWD/demo/mlflow.db"
 export PATH MLFLOW_TRACKING_URI
 
+# bold headings for a reader at a terminal, plain ones in a log
+if [ -t 1 ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); else bold='' plain=''; fi
 run() {
-    printf '\n\033[1m$ %s\033[0m\n' "$*"
+    printf '\n%s$ %s%s\n' "$bold" "$*" "$plain"
     "$@"
 }
 
@@ -40,9 +42,12 @@ Done. What to do next:
   the runs, the model and its versions in a browser (http://127.0.0.1:5000, half a minute after the start):
     $1/mlflow ui --workers 1 --backend-store-uri $MLFLOW_TRACKING_URI
 
+  other formats, longer training, more machines: README.md and docs/your-data.md
+END
+[ -n "$data" ] || cat <<END
+
   the same on your own MMSA features:
     make demo DATA=path/to/MOSI/Processed/unaligned_50.pkl
 
-  other formats, longer training, more machines: README.md and docs/your-data.md
+The data was generated: losses go down, but the metrics say nothing about real sentiment.
 END
-[ -n "$data" ] || printf '\nThe data was generated: losses go down, but the metrics say nothing about real sentiment.\n'
