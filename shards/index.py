@@ -20,15 +20,18 @@ from shards.errors import DataError
 from shards.files import write_atomic
 from shards.suggest import nearest
 from shards.trust import Expected
-from shards.utterance import MODALITIES, SPLITS, TASKS
+from shards.utterance import EMOTIONS, MODALITIES, SPLITS, TASKS
 
-SCHEMA = 1
-"""Version of the format. A reader refuses a higher one."""
+SCHEMA = 2
+"""Version of the format. A reader refuses a higher one; an index says the lowest that can express it."""
 
 FILE = "index.json"
 
 _NOT_DATA = {"fingerprint", "source", "tool_version", "seed"}
 """Fields that say where the data came from, not what it is."""
+
+_SINCE_2 = ("classes",)
+"""Fields that schema 2 added. Where all have their default the index is one of schema 1, fingerprint included."""
 
 
 class _Part(BaseModel):
@@ -76,7 +79,9 @@ class Index(_Part):
     modalities: dict[str, Modality]
     """Modalities with stored features, in the order text, audio, vision. Raw text alone is not among them."""
     tasks: tuple[str, ...]
-    """Labels that the data set has, ``M`` first."""
+    """Labels that the data set has, ``M`` first; or the emotions of a classification."""
+    classes: dict[str, int] = Field(default_factory=dict)
+    """task -> number of classes, where labels are classes 0, 1, … of it; empty where they are intensities."""
     label_range: tuple[float, float]
     has_raw_text: bool
     has_tokens: bool
@@ -101,7 +106,7 @@ class Index(_Part):
     def _consistent(self) -> Self:
         for given, known, field in (
             (tuple(self.modalities), MODALITIES, "modalities"),
-            (self.tasks, TASKS, "tasks"),
+            (self.tasks, TASKS + EMOTIONS, "tasks"),
             (tuple(self.splits), SPLITS, "splits"),
         ):
             if given != tuple(name for name in known if name in given):
@@ -113,6 +118,8 @@ class Index(_Part):
             )
         if self._counted() != {split: count for split, count in self.splits.items() if count}:
             raise ValueError(f"splits say {self.splits} samples, the shards hold {self._counted()}")
+        if self.classes and set(self.classes) != set(self.tasks):
+            raise ValueError(f"classes are given for {sorted(self.classes)}, tasks are {list(self.tasks)}")
         if set(self.statistics) != set(self.modalities):
             raise ValueError(f"statistics are for {sorted(self.statistics)}, modalities are {sorted(self.modalities)}")
         computed = self._compute_fingerprint()
@@ -129,8 +136,16 @@ class Index(_Part):
             counts[shard.split] = counts.get(shard.split, 0) + shard.samples
         return counts
 
+    def _content(self) -> dict[str, Any]:
+        """What ``index.json`` holds: the lowest schema that can express it, and the fields that this schema has."""
+        content = self.model_dump(mode="json")
+        defaults = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in _SINCE_2}
+        if all(getattr(self, name) == default for name, default in defaults.items()):
+            return {"schema": 1, **{name: value for name, value in content.items() if name not in _SINCE_2}}
+        return {"schema": SCHEMA, **content}
+
     def _compute_fingerprint(self) -> str:
-        content = {"schema": SCHEMA, **self.model_dump(mode="json", exclude=_NOT_DATA)}
+        content = {name: value for name, value in self._content().items() if name not in _NOT_DATA}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     # --- files
@@ -174,8 +189,7 @@ class Index(_Part):
 
     def save(self) -> None:
         """Writes ``index.json`` into `folder`, atomically. Call it last."""
-        content = {"schema": SCHEMA, **self.model_dump(mode="json")}
-        write_atomic(self.folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(self.folder / FILE, (json.dumps(self._content(), indent=1, ensure_ascii=False) + "\n").encode())
 
     def tar_path(self, shard_no: int) -> Path:
         """The tar of a shard."""

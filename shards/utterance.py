@@ -13,6 +13,9 @@ MODALITIES = ("text", "audio", "vision")
 TASKS = ("M", "T", "A", "V")
 """M: the multimodal label. T, A, V: the unimodal labels, where a data set has them."""
 
+EMOTIONS = ("neutral", "happy", "sad", "angry")
+"""Tasks of IEMOCAP: each a class, 1 where the utterance has the emotion and 0 where it has not."""
+
 UNIMODAL_TASK = {"text": "T", "audio": "A", "vision": "V"}
 
 SPLITS = ("train", "valid", "test")
@@ -26,7 +29,7 @@ class Utterance:
         key: the data set's own id, e.g. ``video$_$clip``; unique in a data set, any unicode.
         split: one of `SPLITS`.
         modalities: name -> (T, D) float array without padding; an absent modality is not in the mapping.
-        labels: task -> label in the data set's units (MOSI, MOSEI: -3..3; SIMS: -1..1).
+        labels: task -> label in the data set's units (MOSI, MOSEI: -3..3; SIMS: -1..1; a class: its number).
         raw_text: the transcript, where there is one.
         tokens: (T,) int32 token ids of the data set's own tokenizer with its special tokens, where there are some.
     """

@@ -99,6 +99,7 @@ class _Packing:
             dtype=self._dtype,
             modalities={m: Modality(width=w, max_length=self._longest[m]) for m, w in source.widths.items()},
             tasks=source.tasks,
+            classes=source.classes,
             label_range=source.label_range,
             has_raw_text=source.has_raw_text,
             has_tokens=source.has_tokens,

@@ -20,6 +20,7 @@ class Source(Protocol):
         synthetic: the data is generated.
         label_range: lowest and highest possible label.
         tasks: labels that the source has, ``M`` first.
+        classes: task -> number of classes, where labels are classes; empty where they are intensities.
         widths: modality -> D, in the order text, audio, vision; modalities without features are not in it.
         has_raw_text, has_tokens: every sample has a transcript, has token ids.
         counts: split -> number of samples.
@@ -31,6 +32,7 @@ class Source(Protocol):
     synthetic: bool
     label_range: tuple[float, float]
     tasks: tuple[str, ...]
+    classes: dict[str, int]
     widths: dict[str, int]
     has_raw_text: bool
     has_tokens: bool

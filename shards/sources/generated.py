@@ -118,6 +118,7 @@ class GeneratedSource:
             raise ConfigError(f"--like: unknown data set {like!r}{nearest(like, PRESETS)}")
         preset = PRESETS[like]
         self._preset, self._seed = preset, seed
+        self.classes: dict[str, int] = {}
         self.name = f"synthetic-{like}"
         self.where = f"generated like {like}"
         self.label_range, self.tasks, self.widths = preset.label_range, preset.tasks, preset.widths

@@ -77,6 +77,7 @@ class MmsaSource:
         self._check_alike(first)
         train = self._splits[first]
         self.widths = {name: self._width(name) for name in MODALITIES if name in train.features}
+        self.classes: dict[str, int] = {}
         self.tasks = tuple(train.labels)
         self.label_range = label_range or ((-1.0, 1.0) if len(self.tasks) > 1 else (-3.0, 3.0))
         self.has_raw_text = train.raw_text is not None

@@ -61,6 +61,7 @@ class TableSource:
         if self._arrays:
             self._arrays.check_all_there(self._ids, table)
         self.name = table.stem
+        self.classes: dict[str, int] = {}
         self.tasks = tuple(self._labels)
         self.label_range = label_range or ((-1.0, 1.0) if len(self.tasks) > 1 else (-3.0, 3.0))
         self.has_raw_text = self._texts is not None

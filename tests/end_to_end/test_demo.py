@@ -51,7 +51,12 @@ def test_demo_goes_from_a_pickle_to_predictions(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     # the commands as they run, the test table, what to do next
-    for words in ("$ mmsa-dist pack mmsa", "--workers 2 --zero 2", "mlflow ui --workers 1 --backend-store-uri sqlite:///", "README.md"):
+    for words in (
+        "$ mmsa-dist pack mmsa",
+        "--workers 2 --zero 2",
+        "mlflow ui --workers 1 --backend-store-uri sqlite:///",
+        "README.md",
+    ):
         assert words in done.stdout
     # nothing that is said of generated data only, and no colours in a log
     for words in ("data was generated", "make demo DATA=", "\033["):

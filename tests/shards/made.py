@@ -26,6 +26,7 @@ class Samples:
         self._split = {split: [u for u in utterances if u.split == split] for split in SPLITS}
         every = [u for held in self._split.values() for u in held]
         self.provenance: dict[str, Any] = {"format": "given", "file": "none", "sha256": "0" * 64}
+        self.classes: dict[str, int] = {}
         self.tasks = tuple(task for task in ("M", "T", "A", "V") if any(task in u.labels for u in every))
         self.widths = {m: WIDTHS[m] for m in MODALITIES if any(m in u.modalities for u in every)}
         self.has_raw_text = any(u.raw_text is not None for u in every)
