@@ -85,6 +85,8 @@ class Follower:
             self._bar.update(self._task, description=text, completed=event["step"], total=event["of"])
         elif event["event"] == "start" and self._bar is None:
             console.print(f"rank 0 of {event['world']} is up (pid {event['pid']})")
+        elif event["event"] == "ready" and event["steps"]:
+            console.print(f"going on after step {event['steps']:,}")
         elif event["event"] == "warning":
             console.print(f"warning: {event['message']}", soft_wrap=True)
         elif event["event"] == "epoch":

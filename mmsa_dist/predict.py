@@ -42,7 +42,7 @@ class PredictOptions(Strict):
     """Samples at a time. Does not change any result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
-    json_metrics: Annotated[bool, tyro.conf.arg(name="json")] = False
+    json_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")] = False
     """Print the metrics as JSON on standard output, not as a table."""
     tracking_uri: str | None = None
     """MLflow store of the model. Unset: MLFLOW_TRACKING_URI, else the sqlite file in the folder of the runs."""

@@ -21,6 +21,7 @@ from shards.index import Index
 from shards.loader import Loader
 from shards.plan import Plan, training_plan
 from shards.read import ShardReader
+from shards.suggest import counted
 from shards.utterance import MODALITIES
 
 
@@ -261,7 +262,8 @@ def sentence(numbers: dict[str, Any]) -> str:
     """The arithmetic as a person reads it."""
     n = numbers
     return (
-        f"global batch {n['global_batch']} = {n['ranks']} ranks x {n['micro_batch']} micro x {n['accumulation']} "
-        f"accumulation; epoch {n['train_samples']:,} samples -> {n['steps_per_epoch']:,} steps; "
-        f"at most {n['epochs']} epochs = {n['total_steps']:,} steps"
+        f"global batch {n['global_batch']} = {counted(n['ranks'], 'rank')} x {n['micro_batch']} micro x "
+        f"{n['accumulation']} accumulation; epoch {counted(n['train_samples'], 'sample')} -> "
+        f"{counted(n['steps_per_epoch'], 'step')}; at most {counted(n['epochs'], 'epoch')} = "
+        f"{counted(n['total_steps'], 'step')}"
     )

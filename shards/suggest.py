@@ -1,4 +1,4 @@
-"""The nearest valid name, for every message about an unknown one."""
+"""Words that many messages need: the nearest valid name, and a number with its noun."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,3 +9,8 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = get_close_matches(wrong, names, n=1)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (valid: {', '.join(names)})"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 epoch, 1,200 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class TinySource:
     tasks = ("M",)
     has_raw_text = True
     has_tokens = False
+    classes: ClassVar[dict[str, int]] = {}
 
     def __init__(self, samples: int, absent: float = 0.0, seed: int = 0) -> None:
         held = samples // 5

@@ -17,6 +17,7 @@ from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, load_recipe
 from shards.index import Index
 from shards.progress import console
+from shards.suggest import counted
 from tune.outcome import FAILED, INTERRUPTED, Outcome, read_outcomes, winner
 from tune.space import Space, with_values
 
@@ -104,8 +105,8 @@ def _run(space: Space, recipe: Recipe, folder: Path, options: Options) -> dict[s
 
     print(f"sweep {folder}")
     print(
-        f"{trials} trials over {len(space.knobs)} values, {min(at_once, trials)} at a time; "
-        f"at most {epochs} epochs each, ASHA may stop a trial after {min(grace, epochs)}",
+        f"{counted(trials, 'trial')} over {counted(len(space.knobs), 'value')}, {min(at_once, trials)} at a time; "
+        f"at most {counted(epochs, 'epoch')} each, ASHA may stop a trial after {min(grace, epochs)}",
         flush=True,
     )
     search(space, _for_trials(recipe, folder), folder, trials=trials, at_once=at_once, grace=grace)

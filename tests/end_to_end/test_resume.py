@@ -51,7 +51,9 @@ def resume(killed: Path, capfd: pytest.CaptureFixture[str]) -> Resume:
 def test_a_kill_before_the_result_costs_nothing(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = run_folder.read_json(finished / "result.json")
     (finished / "result.json").unlink()
+    capfd.readouterr()
     assert main(["train", "--resume", str(finished)]) == 0
+    assert f"going on after step {before['steps']}\n" in capfd.readouterr().out
     assert run_folder.read_json(finished / "result.json") == before
     assert main(["train", "--resume", str(finished)]) == 2
     assert "the run is finished" in capfd.readouterr().err
