@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,10 @@ from tests.ranks import close_pools, run_ranks
 
 settings.register_profile("house", deadline=None)  # a busy machine is not a slow program
 settings.load_profile("house")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as under nohup and in a shell's background: the commands that tests interrupt would inherit it and hear nothing
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
