@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +45,22 @@ class Row:
     headline: bool = False
 
 
-def record(name: str, rows: list[Row], raw: dict[str, Any] | None = None, command: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Table:
+    """Figures that are read side by side; benchmarks/README.md shows it below the rows."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def record(
+    name: str,
+    rows: list[Row],
+    raw: dict[str, Any] | None = None,
+    command: str | None = None,
+    tables: Sequence[Table] = (),
+) -> Path:
     """Writes ``benchmarks/results/NAME.json`` and gives its path.
 
     Args:
@@ -52,12 +68,14 @@ def record(name: str, rows: list[Row], raw: dict[str, Any] | None = None, comman
         rows: what a page shows.
         raw: everything that was measured.
         command: the command that measured it; this process's by default.
+        tables: shown below the rows.
     """
     content = {
         "name": name,
         "command": command or command_line(),
         **environment(),
         "rows": [asdict(row) for row in rows],
+        **({"tables": [asdict(table) for table in tables]} if tables else {}),
         "raw": raw or {},
     }
     return write(name, content)

@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS, ROOT
 
 PAGES = {ROOT / "README.md": ("real", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
 """Page -> its marked parts."""
-FIGURES = ("clone", "startup", "data", "loop", "peer")
+FIGURES = ("clone", "startup", "data", "stall", "loop", "peer")
 """Files of the figures' table in this order; others follow by name."""
 
 METRICS = {
@@ -151,10 +151,11 @@ def headlines(contents: list[dict[str, Any]]) -> str:
 
 
 def whole(content: dict[str, Any]) -> str:
-    """Every row of one result, under its command."""
+    """Every row and table of one result, under its command."""
     rows = [[row["what"], measured(row), wanted(row), row["how"]] for row in content["rows"]]
     head = f"### [{content['name']}](results/{content['name']}.json)\n\n`{content['command']}`"
-    return f"{head}\n\n{table(['', 'measured', 'wanted', 'how'], rows)}\n\n{provenance(content)}"
+    tables = [f"{part['title']}\n\n{table(part['head'], part['rows'])}" for part in content.get("tables", [])]
+    return "\n\n".join([head, table(["", "measured", "wanted", "how"], rows), *tables, provenance(content)])
 
 
 def measured(row: dict[str, Any]) -> str:

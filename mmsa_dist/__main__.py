@@ -15,8 +15,10 @@ from types import FrameType
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("shards.cli:pack", "write a data set as WebDataset shards with an index"),
+    "index": ("shards.cli:index", "index WebDataset tars that somebody else wrote, in place"),
     "inspect": ("shards.cli:inspect", "show what a packed data set holds"),
     "verify": ("shards.cli:verify", "check every checksum of a packed data set"),
+    "unpack": ("shards.cli:unpack", "write a packed data set as a pickle of the MMSA toolkit"),
     "systems": ("mmsa_dist.cli:systems", "list the systems that can be trained"),
     "train": ("mmsa_dist.cli:train", "train a system, test it once, register it"),
     "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),

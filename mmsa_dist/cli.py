@@ -24,7 +24,7 @@ model in MLflow. Leaves one folder, runs/<name>-<time>-<id>.
   --help               this text; after a SYSTEM: every value of its recipe
 
 The most used values:
-  --data FOLDER        what `mmsa-dist pack` wrote
+  --data FOLDER …      what `mmsa-dist pack` wrote; several are trained on as one (--data.weights 1 2)
   --workers N          ranks (default 1)
   --zero 0|1|2|3       ZeRO stage (default 1)
   --launcher ray|local|torchrun

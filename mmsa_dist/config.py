@@ -33,8 +33,13 @@ class TextConfig(Strict):
 class DataConfig(Strict):
     """What is read and how it is cut into batches."""
 
-    path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = ""
-    """Folder that `mmsa-dist pack` wrote."""
+    path: Annotated[str | tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ""
+    """Folder that `mmsa-dist pack` wrote, or its address (s3://bucket/mosi); several are trained on as one."""
+    weights: tuple[float, ...] | None = None
+    """Of several data sets: the share of each in every batch, e.g. 1 2. Unset: as their sizes, each sample once an
+    epoch."""
+    align_widths: Literal["refuse", "blocks"] = "refuse"
+    """Of several data sets whose features of one modality differ in width. blocks: each has its own columns."""
     modalities: tuple[Literal["text", "audio", "vision"], ...] | None = None
     """Modalities to use. Unset: all that the data set has."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = Field(default=32, ge=1)
@@ -45,8 +50,20 @@ class DataConfig(Strict):
     """Threads per rank that prepare batches ahead; 0 reads in the training thread. Does not change any result."""
     window: int = Field(default=8, ge=1)
     """Shards that are shuffled together: memory-mapped files a rank holds open at a time."""
+    length_pool: int = Field(default=0, ge=0)
+    """Batches whose samples are sorted by length together, so that less of a batch is padding. 0 sorts none."""
     normalize: tuple[Literal["text", "audio", "vision"], ...] = ()
     """Modalities standardised with the train split's mean and standard deviation, which the index holds."""
+
+    quarantine: bool = False
+    """Leave damaged shards out instead of stopping at them: all are read and checked before the run begins."""
+    without: tuple[str, ...] = ()
+    """Shards not to use, e.g. DATA/train-00003.tar; what quarantine found is kept here, so that a restart agrees."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders of all data sets."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 class GroupValues(Strict):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mmsa_dist import metrics
 from mmsa_dist.errors import TransientError
 from mmsa_dist.session import Session
+from shards.mix import Mix
 from shards.plan import evaluation_plan
 
 
@@ -41,6 +42,17 @@ def evaluate(session: Session, split: str) -> Evaluation:
     table = table[np.argsort(table[:, 0], kind="stable")]
     numbers, truth, given = table[:, 0].astype(np.int64), table[:, 1].astype(np.float32), table[:, 2].astype(np.float32)
     return Evaluation(numbers, truth, given, metrics.evaluate(session.kind, truth, given))
+
+
+def by_set(session: Session, split: str, evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
+    """Data set -> its own metrics, where several are trained on as one; else nothing."""
+    if not isinstance(session.index, Mix):
+        return {}
+    found = {}
+    for name, numbers in session.index.ranges(split).items():
+        rows = slice(*np.searchsorted(evaluation.numbers, (numbers.start, numbers.stop)))
+        found[name] = metrics.evaluate(session.kind, evaluation.truth[rows], evaluation.predicted[rows])
+    return found
 
 
 def gather_rows(rows: torch.Tensor, device: torch.device) -> torch.Tensor:

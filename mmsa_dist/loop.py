@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from mmsa_dist import checkpoint, metrics, run_folder
 from mmsa_dist.errors import TrainingError
-from mmsa_dist.evaluation import evaluate, save_predictions
+from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.run_folder import Events
-from mmsa_dist.session import Session
+from mmsa_dist.session import Session, left_out
 from mmsa_dist.tracking import Tracker
 
 Report = Callable[[dict[str, Any]], None]
@@ -103,10 +103,13 @@ def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
         "fingerprint": session.index.fingerprint, "selected_on": f"validation {session.recipe.train.monitor}",
         "best_epoch": state.best_epoch, "epochs": state.epoch - 1, "steps": session.engine.steps,
     }  # fmt: skip
+    result |= left_out(session.recipe)
     splits = ["valid", *(["test"] if session.recipe.train.test and session.index.splits.get("test") else [])]
     for split in splits:
         evaluation = evaluate(session, split)
         result[split] = evaluation.metrics
+        for name, of_set in by_set(session, split, evaluation).items():
+            result.setdefault("sets", {}).setdefault(name, {})[split] = of_set
         if session.rank == 0:
             save_predictions(session, split, evaluation)
     if session.rank == 0:

@@ -16,6 +16,7 @@ from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.predictions import Writer, check_out
 from mmsa_dist.predictor import Predictor, check_width, chunks
 from shards.progress import console, remarks, track
+from shards.remote.url import is_url
 from shards.utterance import SPLITS, UNIMODAL_TASK, Utterance
 
 EXAMPLES = """Writes a row a sample: key, split, y (the label, where there is one), prediction, and the system's
@@ -33,7 +34,7 @@ class PredictOptions(Strict):
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """models:/NAME@alias, models:/NAME/VERSION, runs:/RUN_ID or the folder of a run."""
     data: str
-    """Folder that `mmsa-dist pack` wrote, or a feature pickle of the MMSA toolkit (.pkl)."""
+    """Folder that `mmsa-dist pack` wrote or its address, or a feature pickle of the MMSA toolkit (.pkl)."""
     out: Path
     """File to write: .csv, .parquet or .jsonl."""
     split: Literal["train", "valid", "test"] | None = None
@@ -108,6 +109,8 @@ def open_input(path: str) -> Input:
     Raises:
         ConfigError: neither. DataError: damaged.
     """
+    if is_url(path):
+        return _packed(path)
     place = Path(path)
     if place.is_dir() or place.name == "index.json":
         return _packed(place)
@@ -155,19 +158,24 @@ def prediction_name(task: str) -> str:
     return names.get(task, f"prediction_{task}")
 
 
-def _packed(place: Path) -> Input:
+def _packed(place: Path | str) -> Input:
     from shards.index import Index
     from shards.read import ShardReader
+    from shards.remote.ahead import InOrder, looking_ahead
 
     index = Index.load(place)
     reader = ShardReader(index)
 
     def utterances(split: str, with_text: bool) -> Iterator[Utterance]:
-        return (reader.sample(number, with_text) for number in index.numbers(split))
+        numbers = index.numbers(split)
+        with looking_ahead(index, InOrder(numbers.start, len(numbers)), 0, depth=2) as reach:
+            for done, number in enumerate(numbers, 1):
+                reach(done)
+                yield reader.sample(number, with_text)
 
     widths = {name: modality.width for name, modality in index.modalities.items()}
     return Input(
-        str(place),
+        index.where,
         index.name,
         widths,
         index.has_raw_text,

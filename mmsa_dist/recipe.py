@@ -29,6 +29,7 @@ from mmsa_dist.config import (
 )
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.suggest import nearest
+from shards.remote.url import is_url
 
 PACKAGED = Path(__file__).parent / "recipes"
 
@@ -62,7 +63,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """`recipe` with the paths of this machine spelt out: ranks, and whoever resumes, run in other folders."""
     data, text = recipe.data, recipe.text
     if data.path:
-        data = data.model_copy(update={"path": str(Path(data.path).resolve())})
+        paths = tuple(path if is_url(path) else str(Path(path).resolve()) for path in data.paths)
+        data = data.model_copy(update={"path": paths[0] if len(paths) == 1 else paths})
     if text.encoder and Path(text.encoder).is_dir():
         text = text.model_copy(update={"encoder": str(Path(text.encoder).resolve())})
     return recipe.model_copy(update={"data": data, "text": text})
@@ -181,7 +183,7 @@ def _data_set_name(overrides: list[str]) -> str | None:
             if value is not None:
                 from shards.index import Index
 
-                name = Index.load(Path(value)).name.lower()
+                name = Index.load(value).name.lower()
                 parts = re.split(r"[^a-z0-9]+", name)
                 return next((part for part in parts if part in ("mosi", "mosei", "sims", "simsv2", "iemocap")), None)
     return None

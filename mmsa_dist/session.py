@@ -17,10 +17,11 @@ from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System, get_system
 from shards.batch import BatchSpec
-from shards.index import Index
+from shards.costs import CostRule
 from shards.loader import Loader
+from shards.mix import AnyIndex, AnyReader, Mix, open_data, open_reader
 from shards.plan import Plan, training_plan
-from shards.read import ShardReader
+from shards.remote.ahead import fetch_tables
 from shards.suggest import counted
 from shards.utterance import MODALITIES
 
@@ -38,20 +39,19 @@ class Session:
     folder: Path
     rank: int
     world: int
-    index: Index
+    index: AnyIndex
     spec: DataSpec
     kind: str
     system: System
     generator: LabelGenerator
     engine: Engine
-    reader: ShardReader
+    reader: AnyReader
     loader: Loader
     progress: dict[str, Any]
 
     def plan(self, epoch: int) -> Plan:
         """The order of `epoch` (from 1)."""
-        data = self.recipe.data
-        return training_plan(self.index, "train", self.recipe.seed, epoch, data.batch_size, data.window)
+        return plan_of(self.recipe, self.index, self.spec, epoch)
 
     def close(self) -> None:
         self.loader.close()
@@ -65,7 +65,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     Raises:
         ConfigError, DataError: recipe and data do not fit each other.
     """
-    index = Index.load(recipe.data.path)
+    index = open_index(recipe)
     check_data(recipe, index)
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
@@ -83,19 +83,63 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     generator = label_generator(recipe, index, system, engine.device)
     if saved:
         generator.load_state_dict(saved.generator)
-    reader = ShardReader(index, open_shards=2 * recipe.data.window)
+    reader = open_reader(index, open_shards=shards_in_reach(recipe, index))
     loader = Loader(reader, batch_spec(recipe, index, spec), recipe.data.readers)
     kind = metrics.kind_for(index.label_range)
     progress = saved.progress if saved else {}
     return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, reader, loader, progress)
 
 
-def check_data(recipe: Recipe, index: Index) -> None:
+def open_index(recipe: Recipe) -> AnyIndex:
+    """The data set that the recipe names, or the mix of several.
+
+    Raises:
+        ConfigError, DataError: there is none, or several do not fit together.
+    """
+    data = recipe.data
+    wanted: tuple[str, ...] = data.modalities or MODALITIES
+    features = [m for m in wanted if m != "text" or recipe.text.encoder is None]
+    return open_data(data.paths, data.weights, data.align_widths, features, data.without)
+
+
+def plan_of(recipe: Recipe, index: AnyIndex, spec: DataSpec, epoch: int) -> Plan:
+    """The order of `epoch` (from 1)."""
+    data = recipe.data
+    rule = cost_rule(index, spec) if data.length_pool else None
+    return training_plan(
+        index, "train", recipe.seed, epoch, data.batch_size, data.window, pool=data.length_pool, rule=rule
+    )
+
+
+def cost_rule(index: AnyIndex, spec: DataSpec) -> CostRule:
+    """What counts as a sample's length where batches are made of samples alike: the steps that cost the most.
+
+    Behind a text encoder the text alone, whose tokens cost more than all else together: their number, or the bytes of
+    the transcript where the data set has no tokens. Otherwise the steps of all modalities together: a recurrent or an
+    attention layer costs by the step, however wide its input is.
+    """
+    if spec.text is not None:
+        return CostRule((("n_tokens" if index.has_tokens else "json_size", 1),))
+    return CostRule(tuple((f"length_{modality}", 1) for modality in spec.widths))
+
+
+def shards_in_reach(recipe: Recipe, index: AnyIndex) -> int:
+    """Files that one step after the other may need: those of two blocks, and of a pool where there is one."""
+    data, shards = recipe.data, len(index.shards_of("train"))
+    return 2 * data.window + -(-data.length_pool * data.batch_size * shards // index.splits["train"])
+
+
+def check_data(recipe: Recipe, index: AnyIndex) -> None:
     """Says at once what in the recipe does not fit the data.
 
     Raises:
         ConfigError: a modality, split or metric that the data set lacks.
     """
+    if "M" not in index.tasks:
+        raise ConfigError(
+            f"data.path: {index.name} has no intensity to learn: its labels are {', '.join(index.tasks) or 'none'}"
+            f"{' (classes)' if index.classes else ''}; the systems here predict a sentiment intensity (label M)"
+        )
     for split in ("train", "valid"):
         if not index.splits.get(split):
             raise ConfigError(
@@ -113,7 +157,7 @@ def check_data(recipe: Recipe, index: Index) -> None:
         raise ConfigError(f"train.monitor: corr needs two validation samples, {index.name} has one; use mae")
 
 
-def check_system(recipe: Recipe, index: Index) -> None:
+def check_system(recipe: Recipe, index: AnyIndex) -> None:
     """Builds the system, without its text encoder, and its label generator, to see that they fit the data.
 
     Raises:
@@ -140,9 +184,13 @@ def check_system(recipe: Recipe, index: Index) -> None:
         )
 
 
-def without_effect(recipe: Recipe, index: Index) -> list[str]:
+def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
     """Sentences about values of the recipe that change nothing in this run."""
     spec, launch, said = data_spec(recipe, index), recipe.launch, []
+    if isinstance(index, Mix):
+        said += index.notes()
+    elif recipe.data.align_widths != "refuse":
+        said.append("data.align_widths is without effect: there is one data set")
     idle = [m for m in recipe.data.normalize if m not in spec.widths]
     if idle:
         said.append(f"data.normalize: {', '.join(idle)} is not in use")
@@ -157,7 +205,7 @@ def without_effect(recipe: Recipe, index: Index) -> list[str]:
     return said
 
 
-def available(recipe: Recipe, index: Index) -> list[str]:
+def available(recipe: Recipe, index: AnyIndex) -> list[str]:
     """Modalities of the data set that the recipe could use: text counts where the encoder has something to read."""
     have = [m for m in MODALITIES if m in index.modalities]
     if recipe.text.encoder and "text" not in have and (index.has_raw_text or index.has_tokens):
@@ -165,7 +213,7 @@ def available(recipe: Recipe, index: Index) -> list[str]:
     return have
 
 
-def data_spec(recipe: Recipe, index: Index) -> DataSpec:
+def data_spec(recipe: Recipe, index: AnyIndex) -> DataSpec:
     """What the system must know of the data.
 
     Raises:
@@ -193,20 +241,21 @@ def data_spec(recipe: Recipe, index: Index) -> DataSpec:
     return DataSpec(widths, index.label_range, index.tasks, recipe.text if encoded else None)
 
 
-def batch_spec(recipe: Recipe, index: Index, spec: DataSpec) -> BatchSpec:
+def batch_spec(recipe: Recipe, index: AnyIndex, spec: DataSpec) -> BatchSpec:
     """How samples become batches."""
     ids = text_ids(spec.text, index) if spec.text else None
     normalize = [m for m in recipe.data.normalize if m in spec.widths]
     return BatchSpec.of(index, tuple(spec.widths), ids, normalize)
 
 
-def label_generator(recipe: Recipe, index: Index, system: System, device: torch.device) -> LabelGenerator:
+def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: torch.device) -> LabelGenerator:
     """The generator that the recipe names, else the paper's, over the train split."""
     name = recipe.labels.generator or type(system).labels
     numbers = index.numbers("train")
     keys: list[str] = []
     labels: list[np.ndarray] = []
     if name != "none":
+        fetch_tables(index, [n for n, shard in enumerate(index.shards) if shard.split == "train"])
         for shard_no, shard in enumerate(index.shards):
             if shard.split == "train":
                 table = index.table(shard_no)
@@ -229,19 +278,19 @@ def stable_id(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def card(recipe: Recipe, index: Index) -> DataCard:
+def card(recipe: Recipe, index: AnyIndex) -> DataCard:
     """``data.json``: what the system was built for, enough to build it again without the data."""
     return DataCard.of(index, data_spec(recipe, index), metrics.kind_for(index.label_range), recipe.data.normalize)
 
 
-def write_description(folder: Path, recipe: Recipe, index: Index) -> None:
+def write_description(folder: Path, recipe: Recipe, index: AnyIndex) -> None:
     """Writes ``data.json`` and ``plan.json`` into a run folder; the driver does, before anything starts."""
     card(recipe, index).save(folder)
     run_folder.write_json(folder / "plan.json", arithmetic(recipe, index))
 
 
-def arithmetic(recipe: Recipe, index: Index) -> dict[str, Any]:
-    """The derived numbers of a run."""
+def arithmetic(recipe: Recipe, index: AnyIndex) -> dict[str, Any]:
+    """The derived numbers of a run, and which shards it goes without."""
     world, k = recipe.launch.workers, recipe.optim.accumulation
     train = index.splits["train"]
     steps = -(-train // recipe.data.batch_size)
@@ -254,8 +303,14 @@ def arithmetic(recipe: Recipe, index: Index) -> dict[str, Any]:
         "steps_per_epoch": steps,
         "epochs": recipe.train.epochs,
         "total_steps": steps * recipe.train.epochs,
-        "order": training_plan(index, "train", recipe.seed, 1, recipe.data.batch_size, recipe.data.window).describe(),
+        "order": plan_of(recipe, index, data_spec(recipe, index), 1).describe(),
+        **left_out(recipe),
     }
+
+
+def left_out(recipe: Recipe) -> dict[str, Any]:
+    """The shards that the run goes without, for those who read its files; empty where it goes without none."""
+    return {"left_out": list(recipe.data.without)} if recipe.data.without else {}
 
 
 def sentence(numbers: dict[str, Any]) -> str:

@@ -14,7 +14,9 @@ from mmsa_dist import launch, run_folder, session
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, absolute
-from shards.index import Index
+from shards.mix import AnyIndex, Mix
+from shards.quarantine import damaged
+from shards.suggest import counted
 
 
 def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | None) -> dict[str, Any]:
@@ -40,12 +42,12 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
     return result
 
 
-def check(recipe: Recipe) -> tuple[Index, Recipe]:
+def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     """All that can be known to be wrong before anything starts; paths made absolute, as ranks may run elsewhere."""
     if not recipe.data.path:
-        raise ConfigError("no data: give --data FOLDER, a folder that `mmsa-dist pack` wrote")
-    recipe = absolute(recipe)
-    index = Index.load(recipe.data.path)
+        raise ConfigError("no data: give --data FOLDER, a folder that `mmsa-dist pack` wrote, or its address")
+    recipe = quarantined(absolute(recipe))
+    index = session.open_index(recipe)
     session.check_data(recipe, index)
     session.check_system(recipe, index)
     if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
@@ -61,13 +63,34 @@ def check(recipe: Recipe) -> tuple[Index, Recipe]:
     return index, recipe
 
 
+def quarantined(recipe: Recipe) -> Recipe:
+    """The recipe without the shards that are damaged, where it asks for that; says which they are."""
+    if not recipe.data.quarantine:
+        return recipe
+    index = session.open_index(recipe)
+    found = [shard for part in (index.parts if isinstance(index, Mix) else (index,)) for shard in damaged(part)]
+    if not found:
+        return recipe
+    lost = {split: sum(shard.samples for shard in found if shard.split == split) for split in index.splits}
+    said = ", ".join(f"{count:,} of {index.splits[split]:,} {split}" for split, count in lost.items() if count)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {counted(len(found), 'damaged shard')} left out, {said} samples lost:", flush=True)
+        for shard in found:
+            print(f"  {shard.why}", flush=True)
+    return _without(recipe, (*recipe.data.without, *(shard.address for shard in found)))
+
+
+def _without(recipe: Recipe, addresses: tuple[str, ...]) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"without": addresses})})
+
+
 def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
 
 
-def begin(recipe: Recipe, index: Index, folder: Path | None, runs_dir: Path, name: str | None) -> Path:
+def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, name: str | None) -> Path:
     """A new run's folder, or `folder` where its data is what it was trained on; says what will be done.
 
     Raises:
@@ -80,7 +103,7 @@ def begin(recipe: Recipe, index: Index, folder: Path | None, runs_dir: Path, nam
         if known["fingerprint"] != index.fingerprint:
             raise ConfigError(
                 f"--resume {folder}: it was trained on {known['name']} (fingerprint {known['fingerprint'][:12]}), but "
-                f"{index.folder} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
+                f"{index.where} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
             )
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     print(f"run {folder}\n{session.sentence(session.arithmetic(recipe, index))}")
@@ -89,7 +112,7 @@ def begin(recipe: Recipe, index: Index, folder: Path | None, runs_dir: Path, nam
     return folder
 
 
-def prepare(recipe: Recipe, index: Index, runs_dir: Path, name: str | None) -> Path:
+def prepare(recipe: Recipe, index: AnyIndex, runs_dir: Path, name: str | None) -> Path:
     """A run folder with its description, and the MLflow run where tracking is on: an unreachable server is said now."""
     folder = run_folder.create(runs_dir, name or recipe.system.rpartition(":")[2], recipe.dump())
     try:
@@ -167,7 +190,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
 
     join_group(rank, world, recipe.launch.timeout)
     with ExitStack() as driver:
-        shared: list[tuple[str, bool] | MmsaError | None] = [None]
+        shared: list[tuple[str, bool, tuple[str, ...]] | MmsaError | None] = [None]
         if rank == 0:
             try:
                 folder = begin(recipe, index, folder, runs_dir, name)
@@ -175,13 +198,13 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                 done = (folder / "result.json").is_file()
                 if not done:
                     launch.make_ready(folder)
-                shared = [(str(folder), done)]
+                shared = [(str(folder), done, recipe.data.without)]  # a copy of the data may be whole on one node only
             except MmsaError as error:
                 shared = [error]
         dist.broadcast_object_list(shared)
         if not isinstance(shared[0], tuple):
             raise shared[0] or TransientError("rank 0 ended before the run began")
-        folder, done = Path(shared[0][0]), shared[0][1]
+        folder, done, recipe = Path(shared[0][0]), shared[0][1], _without(recipe, shared[0][2])
         if done:
             result = run_folder.read_json(folder / "result.json")
         else:

@@ -17,7 +17,7 @@ from shards.errors import ConfigError, DataError
 from shards.utterance import MODALITIES, Utterance
 
 if TYPE_CHECKING:
-    from shards.index import Index
+    from shards.mix import AnyIndex
 
 TextIds = Callable[[list[Utterance]], list[np.ndarray]]
 """B utterances -> B arrays of (T,) integer token ids."""
@@ -117,7 +117,7 @@ class BatchSpec:
     @classmethod
     def of(
         cls,
-        index: "Index",
+        index: "AnyIndex",
         modalities: Sequence[str] | None = None,
         text_ids: TextIds | None = None,
         normalize: Sequence[str] = (),

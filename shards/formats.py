@@ -7,13 +7,16 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from shards.errors import ConfigError
+from shards.remote.url import SCHEMES
 from shards.sources import Source
-from shards.sources.columns import Columns
+from shards.sources.columns import Columns, CsvColumns, FileColumns
+
+Told = TypeVar("Told", bound=CsvColumns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +32,36 @@ class Target(ABC):
     seed: int = 0
     """Seed of the order in which samples are stored (and of generated or held-out ones)."""
     shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 64
-    """Megabytes after which a shard is closed."""
+    """About how many megabytes a shard has."""
     overwrite: bool = False
     """Replace the data set that FOLDER holds."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes that pack, 1 for none beside this one. Default: one a core, at most 16, fewer where there is little to
+    do. The result does not depend on it."""
+    ray: bool = False
+    """Let Ray tasks pack: on the cluster of --address or RAY_ADDRESS, else on a Ray of this machine alone. FOLDER must
+    then be on a file system that all nodes share, and the input at the same path on each of them."""
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Of the Ray cluster; auto finds the one of this machine."""
 
     def check(self) -> None:
-        """Raises ConfigError for a number that no packing can use."""
+        """Raises ConfigError for what no packing can use."""
+        if self.out.parts and self.out.parts[0] in {f"{scheme}:" for scheme in SCHEMES}:
+            raise ConfigError(f"--out {self.out} is an address; pack into a folder here, then copy it there whole")
         if not 0 < self.shard_size < math.inf:
             raise ConfigError(
                 f"--shard-size {self.shard_size:g}: expected a number of megabytes above 0; 64 is the default"
             )
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: a seed is 0 or more")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: expected a number of processes, 0 or more")
+        if self.address and not self.ray:
+            raise ConfigError(f"--address {self.address} is that of a Ray cluster; add --ray")
+        if self.ray and self.workers is not None:
+            raise ConfigError(
+                "--workers are processes of this machine, --ray packs on a cluster; leave one of them out"
+            )
 
     @abstractmethod
     def source(self) -> Source:
@@ -81,36 +102,125 @@ class PackMmsa(Labelled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackTable(Labelled):
+class PackMult(Target):
+    """Packs the pickle of MulT: of MOSI and MOSEI with intensities as labels, of IEMOCAP with four emotions."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.pkl")]
+    """The pickle, e.g. mosi_data_noalign.pkl. Anything in it but arrays and plain values is refused."""
+    modalities: tuple[Literal["text", "audio", "vision"], ...] = ("text", "audio", "vision")
+    """Features to keep."""
+
+    def source(self) -> Source:
+        from shards.sources.mult import MultSource
+
+        return MultSource(self.file, modalities=self.modalities)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabular(Labelled, ABC):
+    """Of a format with a csv of one row an utterance."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.csv")]
+    """The csv."""
+    columns: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    """YAML file with any of the options below (label_text: my_column); options given here win."""
+    hold_out_valid: Annotated[int, tyro.conf.arg(metavar="VIDEOS")] = 0
+    """Where the split column has no valid rows: take so many training videos, chosen by the seed, as valid."""
+
+    def chosen(self, told: Told) -> Told:
+        """What the YAML file and the options `told` say together."""
+        if not self.columns:
+            return told
+        return type(told).from_yaml(self.columns, overrides=told.model_dump(exclude_defaults=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackTable(Tabular):
     """Packs a csv with one row an utterance, and an npz of features for the same ids.
 
     An array of the npz is (N, D), one vector an utterance; (N, T, D), padded with zeros; or, named as NAME:LENGTHS with
     a second array of lengths, sequences of their own lengths, padded or one after another.
     """
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.csv")]
-    """The csv."""
     features: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FILE.npz")] = None
     """The npz. Without it, transcripts are all there is."""
-    columns: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
-    """YAML file with any of the options below (label_text: my_column); options given here win."""
     told: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
-    hold_out_valid: Annotated[int, tyro.conf.arg(metavar="VIDEOS")] = 0
-    """Where the split column has no valid rows: take so many training videos, chosen by the seed, as valid."""
 
     def source(self) -> Source:
         from shards.sources.table import TableSource
 
-        columns = self.told
-        if self.columns:
-            columns = Columns.from_yaml(self.columns, overrides=self.told.model_dump(exclude_defaults=True))
         return TableSource(
             self.file,
             self.features,
-            columns,
+            self.chosen(self.told),
             label_range=self.label_range,
             hold_out_valid=self.hold_out_valid,
             seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackFolder(Tabular):
+    """Packs a csv with one row an utterance, as the label.csv of MMSA's raw sets, and a folder of features in files.
+
+    An utterance has a .npy for each modality, or one .npz, as --files says; an array is (T, D), of any length.
+    """
+
+    features: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """The folder of features."""
+    strict: bool = False
+    """Stop where a file is missing. Without it, the utterance lacks that modality."""
+    told: Annotated[FileColumns, tyro.conf.arg(name="")] = field(default_factory=FileColumns)
+
+    def source(self) -> Source:
+        from shards.sources.folder import FolderSource
+
+        return FolderSource(
+            self.file,
+            self.features,
+            self.chosen(self.told),
+            strict=self.strict,
+            label_range=self.label_range,
+            hold_out_valid=self.hold_out_valid,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCsd(Labelled):
+    """Packs computational sequences (.csd) of the CMU-MultimodalSDK, cut to the segments that have labels."""
+
+    labels: Annotated[Path, tyro.conf.arg(metavar="FILE.csd")]
+    """Sequence of the labels: its intervals are the segments, which become the samples."""
+    folds: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")]
+    """Which video is in which split: a YAML or JSON file with a list of video ids under each of train, valid and test,
+    or three text files in that order, one id a line."""
+    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    """Sequence of text features, e.g. word vectors."""
+    audio: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    """Sequence of audio features, e.g. COVAREP."""
+    vision: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    """Sequence of vision features, e.g. Facet or OpenFace."""
+    words: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    """Sequence of the words themselves (TimestampedWords): makes the transcripts. Pauses (sp) are left out."""
+    align: Literal["segments", "words"] = "segments"
+    """segments: each modality keeps its own steps. words: one step a word, the mean of those during it, or zeros where
+    there are none; words are those of --words or, without it, the steps of --text."""
+    label_column: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Column of the labels to take. MOSEI: 0 sentiment, 1 happy, 2 sad, 3 anger, 4 surprise, 5 disgust, 6 fear."""
+
+    def source(self) -> Source:
+        from shards.sources.csd import CsdSource
+
+        given = {"text": self.text, "audio": self.audio, "vision": self.vision}
+        return CsdSource(
+            self.labels,
+            {modality: path for modality, path in given.items() if path},
+            self.folds,
+            words=self.words,
+            align=self.align,
+            label_column=self.label_column,
+            label_range=self.label_range,
         )
 
 
@@ -131,7 +241,10 @@ class PackGenerated(Target):
 
 FORMATS: dict[str, type[Target]] = {
     "mmsa": PackMmsa,
+    "mult": PackMult,
     "table": PackTable,
+    "folder": PackFolder,
+    "csd": PackCsd,
     "generated": PackGenerated,
 }
 """Name on the command line -> its options."""

@@ -8,6 +8,7 @@ one small Arrow file a shard (JSON would not carry 10^8 samples), which is memor
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Collection
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -18,8 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards.errors import DataError
 from shards.files import write_atomic
+from shards.remote.file import RemoteFile
+from shards.remote.store import read
+from shards.remote.url import child_url, folder_url, is_url
 from shards.suggest import nearest
-from shards.trust import Expected
+from shards.tables import table_schema
+from shards.trust import Expected, cache_folder
 from shards.utterance import EMOTIONS, MODALITIES, SPLITS, TASKS
 
 SCHEMA = 2
@@ -27,10 +32,13 @@ SCHEMA = 2
 
 FILE = "index.json"
 
+_LARGEST = 1 << 29
+"""Bytes of a remote index at most: that of 10^8 samples has a quarter of it."""
+
 _NOT_DATA = {"fingerprint", "source", "tool_version", "seed"}
 """Fields that say where the data came from, not what it is."""
 
-_SINCE_2 = ("classes",)
+_SINCE_2 = ("classes", "layout")
 """Fields that schema 2 added. Where all have their default the index is one of schema 1, fingerprint included."""
 
 
@@ -75,7 +83,8 @@ class Index(_Part):
     name: str
     synthetic: bool
     """True where the data is generated: every result from it says so."""
-    dtype: str = Field(pattern="^float(16|32)$")
+    dtype: str = Field(pattern="^float(16|32|64)$")
+    """Of the stored features; of shards that somebody else wrote the widest, and each sample's stands in the table."""
     modalities: dict[str, Modality]
     """Modalities with stored features, in the order text, audio, vision. Raw text alone is not among them."""
     tasks: tuple[str, ...]
@@ -83,6 +92,9 @@ class Index(_Part):
     classes: dict[str, int] = Field(default_factory=dict)
     """task -> number of classes, where labels are classes 0, 1, … of it; empty where they are intensities."""
     label_range: tuple[float, float]
+    layout: dict[str, str] = Field(default_factory=dict)
+    """Of shards that somebody else wrote: what -> its member, and the field or tensor in it (``features.npz:audio``).
+    Empty for those that this tool wrote."""
     has_raw_text: bool
     has_tokens: bool
     splits: dict[str, int]
@@ -100,7 +112,9 @@ class Index(_Part):
     fingerprint: str = ""
     """sha256 of all of the above that says what the data is, checksums included; filled in here where it is new."""
     folder: Path = Field(exclude=True)
-    """Where the files are."""
+    """Where the files are; of a remote data set, where copies of them are kept."""
+    origin: str | None = Field(default=None, exclude=True)
+    """The address of a remote data set's folder."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -120,6 +134,10 @@ class Index(_Part):
             raise ValueError(f"splits say {self.splits} samples, the shards hold {self._counted()}")
         if self.classes and set(self.classes) != set(self.tasks):
             raise ValueError(f"classes are given for {sorted(self.classes)}, tasks are {list(self.tasks)}")
+        if self.layout and self.has_raw_text != ("raw_text" in self.layout):
+            raise ValueError(f"layout is of {sorted(self.layout)}, but has_raw_text is {self.has_raw_text}")
+        if self.dtype == "float64" and not self.layout:
+            raise ValueError("dtype is float64, which this tool does not write")
         if set(self.statistics) != set(self.modalities):
             raise ValueError(f"statistics are for {sorted(self.statistics)}, modalities are {sorted(self.modalities)}")
         computed = self._compute_fingerprint()
@@ -148,26 +166,43 @@ class Index(_Part):
         content = {name: value for name, value in self._content().items() if name not in _NOT_DATA}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    def without(self, shard_nos: Collection[int]) -> "Index":
+        """The data set without some of its shards: fewer samples, numbered anew, and a fingerprint of its own.
+
+        The statistics stay those of the whole.
+        """
+        left = tuple(shard for n, shard in enumerate(self.shards) if n not in shard_nos)
+        counts = {split: sum(shard.samples for shard in left if shard.split == split) for split in self.splits}
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Index(**{**fields, "shards": left, "splits": counts, "fingerprint": ""})
+
     # --- files
+
+    @property
+    def remote(self) -> bool:
+        """Whether files are fetched when they are used."""
+        return self.origin is not None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether somebody else wrote the shards, in a layout of their own."""
+        return bool(self.layout)
+
+    @property
+    def where(self) -> str:
+        """The folder or address of the data set, as messages name it."""
+        return self.origin or str(self.folder)
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":
-        """Reads the index of the data set at `path` (its folder, or the index file itself).
+        """Reads the index of the data set at `path`: its folder, the index file itself, or the address of either.
 
         Raises:
             DataError: there is none, it is damaged, edited, or from a newer version.
+            ConfigError, TransientError: the address is wrong, may not be read, or does not answer.
         """
-        file = Path(path)
-        if file.name != FILE:
-            file = file / FILE
-        try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(
-                f"no {FILE} in {file.parent}: pack first (mmsa-dist pack), or the packing did not finish"
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
+        origin = folder_url(str(path)) if is_url(path) else None
+        file, text = _remote_text(origin) if origin else _local_text(Path(path))
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:  # brackets nested without end recur
@@ -183,7 +218,8 @@ class Index(_Part):
         if not content.get("fingerprint"):  # without it, an edit of what no checksum covers would pass
             raise DataError(f"{file}: has no fingerprint: it was edited; pack the data again")
         try:
-            return cls.model_validate({**content, "folder": file.parent})
+            folder = cache_folder() if origin else Path(file).parent
+            return cls.model_validate({**content, "folder": folder, "origin": origin})
         except ValidationError as error:
             raise DataError(f"{file}: {_first(error)}; pack the data again") from error
 
@@ -193,21 +229,30 @@ class Index(_Part):
 
     def tar_path(self, shard_no: int) -> Path:
         """The tar of a shard."""
-        return self.folder / self.shards[shard_no].url
+        return self.expected_tar(shard_no).path
 
     def table_path(self, shard_no: int) -> Path:
         """The Arrow file of a shard."""
-        return self.folder / self.shards[shard_no].table
+        return self.expected_table(shard_no).path
 
     def expected_tar(self, shard_no: int) -> Expected:
         """The tar of a shard, and what it must be."""
         shard = self.shards[shard_no]
-        return Expected(self.tar_path(shard_no), shard.bytes, shard.sha256)
+        return self._expected(shard.url, shard.bytes, shard.sha256)
 
     def expected_table(self, shard_no: int) -> Expected:
         """The Arrow file of a shard, and what it must be."""
         shard = self.shards[shard_no]
-        return Expected(self.table_path(shard_no), shard.table_bytes, shard.table_sha256)
+        return self._expected(shard.table, shard.table_bytes, shard.table_sha256)
+
+    def files(self, shard_no: int) -> tuple[Expected, Expected]:
+        """Both files of a shard: its table and its tar."""
+        return self.expected_table(shard_no), self.expected_tar(shard_no)
+
+    def _expected(self, name: str, size: int, sha256: str) -> Expected:
+        if self.origin:
+            return RemoteFile.of(child_url(self.origin, name), size, sha256)
+        return Expected(self.folder / name, size, sha256)
 
     def table(self, shard_no: int, verify: bool = True) -> pa.Table:
         """What is known of a shard's samples, one row each in tar order: columns `table_schema`. Memory-mapped.
@@ -219,22 +264,19 @@ class Index(_Part):
             DataError: the file is missing, damaged, or does not belong to this index.
         """
         file = self.expected_table(shard_no)
-        if verify:
-            file.check()
-        else:
-            file.check_size()
         path = file.path
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = file.use(lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all(), verify)
             table.validate(full=True)  # a forged or damaged file must not send us outside its buffers
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{path}: not a readable Arrow file ({error}); see mmsa-dist verify, then pack again"
             ) from error
-        if table.schema != table_schema(self.tasks) or table.num_rows != self.shards[shard_no].samples:
+        schema = table_schema(self.tasks, self.foreign)
+        if table.schema != schema or table.num_rows != self.shards[shard_no].samples:
             raise DataError(
                 f"{path}: has {table.num_rows} rows with columns {table.column_names}, expected "
-                f"{self.shards[shard_no].samples} with {table_schema(self.tasks).names}; pack again"
+                f"{self.shards[shard_no].samples} with {schema.names}; pack again"
             )
         return table
 
@@ -275,23 +317,26 @@ class Index(_Part):
         return range(self.first(shards.start), self.first(shards.stop)) if shards else range(0)
 
 
-def table_schema(tasks: tuple[str, ...]) -> pa.Schema:
-    """Columns of a shard's table.
+def _local_text(path: Path) -> tuple[str, str]:
+    """The index file in a folder, or itself: what messages call it, and its content."""
+    file = path if path.name == FILE else path / FILE
+    try:
+        return str(file), file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no {FILE} in {file.parent}: pack first (mmsa-dist pack), or the packing did not finish"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
 
-    ``key``; ``offset`` and ``size`` of the safetensors payload in the tar, ``json_offset`` and ``json_size`` of the
-    JSON payload, in bytes; ``split``; ``length_<modality>``, 0 where absent; ``n_tokens``; ``label_<task>``, NaN where
-    absent.
-    """
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            *(pa.field(name, pa.int64(), nullable=False) for name in ("offset", "size", "json_offset", "json_size")),
-            pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
-            *(pa.field(f"length_{name}", pa.int32(), nullable=False) for name in MODALITIES),
-            pa.field("n_tokens", pa.int32(), nullable=False),
-            *(pa.field(f"label_{task}", pa.float32(), nullable=False) for task in tasks),
-        ]
-    )
+
+def _remote_text(origin: str) -> tuple[str, str]:
+    """As `_local_text`, of a remote folder. Asked for anew each time: it is the one file whose content may change."""
+    file = child_url(origin, FILE)
+    try:
+        return file, read(file, _LARGEST).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not text ({error.reason}): it is no index") from error
 
 
 def _first(error: ValidationError) -> str:

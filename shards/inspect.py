@@ -1,35 +1,97 @@
-"""What a packed data set holds, from its index and its tables; of a tar no more than its size is looked at."""
+"""What a packed data set holds: everything that a careful person asks before training on it.
 
+It comes from the index and from the shards' tables; of a tar only the size is looked at, and the transcripts where
+`shards.leaks` compares them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from numpy.typing import NDArray
 
+from shards import leaks
 from shards.index import Index
+from shards.leaks import Show
+from shards.remote.ahead import fetch_tables
 from shards.utterance import SPLITS
 
-PERCENTILES = (0, 50, 95, 100)
-BAR = 30
-"""Cells of the histogram's longest bar."""
+PERCENTILES = (0, 5, 50, 95, 99, 100)
+CONSTANT = 1e-8
+"""A standard deviation below it is none; `shards.batch.Standard` does not divide by it either."""
+LARGE = 100.0
+"""Features of this deviation drown the others where they are not standardised."""
 
 
-def summary(index: Index) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Columns:
+    """What the tables say of each sample, by number.
+
+    Attributes:
+        lengths: modality -> (samples,) steps, 0 where absent.
+        tokens: (samples,) number of token ids.
+        labels: task -> (samples,) float32, NaN where absent.
+        videos: (samples,) digest of the video's id in the key, 0 where it has none.
+    """
+
+    lengths: dict[str, NDArray[np.int32]]
+    tokens: NDArray[np.int32]
+    labels: dict[str, NDArray[np.float32]]
+    videos: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, index: Index) -> "Columns":
+        """Reads one table after the other; remote ones are fetched, several at a time.
+
+        Raises:
+            DataError: a table is damaged.
+        """
+        total = index.num_samples
+        columns = cls(
+            lengths={name: np.zeros(total, np.int32) for name in index.modalities},
+            tokens=np.zeros(total, np.int32),
+            labels={task: np.zeros(total, np.float32) for task in index.tasks},
+            videos=np.zeros(total, np.uint64),
+        )
+        fetch_tables(index, range(len(index.shards)))
+        for n in range(len(index.shards)):
+            columns._take(index.table(n), slice(index.first(n), index.first(n + 1)))
+        return columns
+
+    def _take(self, table: pa.Table, rows: slice) -> None:
+        for name, lengths in self.lengths.items():
+            lengths[rows] = table[f"length_{name}"].to_numpy()
+        self.tokens[rows] = table["n_tokens"].to_numpy()
+        for task, labels in self.labels.items():
+            labels[rows] = table[f"label_{task}"].to_numpy()
+        self.videos[rows] = [leaks.digest(leaks.video_of(key)) for key in table["key"].to_pylist()]
+
+
+def summary(
+    index: Index,
+    fast: bool = False,
+    show: Show = lambda numbers, total, what: numbers,
+    columns: Columns | None = None,
+) -> dict[str, Any]:
     """Everything `mmsa-dist inspect` tells, as plain values.
 
+    Args:
+        fast: leave out the comparison of transcripts, which reads every shard.
+        show: wraps the loop over the transcripts, to show progress.
+        columns: what the tables say, where it has been read already.
+
     Raises:
-        DataError: a table is damaged, or a tar is missing or cut short.
+        DataError: a table is damaged, or a tar of this machine is missing or cut short.
     """
-    for n in range(len(index.shards)):
+    for n in range(0 if index.remote else len(index.shards)):  # a remote one is looked at when it is fetched
         index.expected_tar(n).check_size()
-    tables = [index.table(n) for n in range(len(index.shards))]
-    lengths = {name: _column(tables, f"length_{name}") for name in index.modalities}
-    return {
+    columns = columns or Columns.of(index)
+    told: dict[str, Any] = {
         "name": index.name,
         "synthetic": index.synthetic,
-        "folder": str(index.folder),
+        "folder": index.where,
         "fingerprint": index.fingerprint,
         "dtype": index.dtype,
         "seed": index.seed,
@@ -40,128 +102,114 @@ def summary(index: Index) -> dict[str, Any]:
         "shards": {split: len(index.shards_of(split)) for split in SPLITS},
         "bytes": sum(shard.bytes + shard.table_bytes for shard in index.shards),
         "tasks": list(index.tasks),
+        "classes": {**index.classes},
         "label_range": list(index.label_range),
         "raw_text": index.has_raw_text,
-        "tokens": _tokens(index, tables),
-        "modalities": {
-            name: {
-                "width": modality.width,
-                "length_percentiles": _percentiles(lengths[name]),
-                "absent": int((lengths[name] == 0).sum()),
-                "non_finite": index.non_finite.get(name, 0),
-            }
-            for name, modality in index.modalities.items()
-        },
-        "labels": {task: _histogram(index, tables, task) for task in index.tasks},
+        "tokens": {"length_percentiles": _percentiles(columns.tokens)} if index.has_tokens else None,
+        "modalities": {name: _modality(index, name, columns.lengths[name]) for name in index.modalities},
+        "labels": {task: _labels(index, task, columns.labels[task]) for task in index.tasks},
+        "transcripts": None if fast else leaks.transcripts(index, show),
+        "videos": leaks.videos(index, columns.videos, lambda number: _key(index, number)),
     }
+    told["remarks"] = list(_remarks(told))
+    return told
 
 
-def render(told: dict[str, Any]) -> Group:
-    """The summary for a terminal."""
-    title = Text(told["name"], style="bold")
-    if told["synthetic"]:
-        title.append("  SYNTHETIC: results on it say nothing about sentiment", style="bold yellow")
-    source = told["source"]
-    origin = f"{source['format']} {source['file']}".strip()
-    if source.get("sha256"):
-        origin += f", sha256 {source['sha256'][:12]}…"
-    facts = Table.grid(padding=(0, 2))
-    for name, value in (
-        (
-            "samples",
-            ", ".join(f"{split} {count:,}" for split, count in told["splits"].items()) + f", all {told['samples']:,}",
-        ),
-        ("stored", f"{told['bytes'] / 2**20:,.1f} MB of {told['dtype']} in {sum(told['shards'].values())} shards"),
-        ("text", _text_line(told)),
-        ("labels", f"{', '.join(told['tasks'])} in {told['label_range'][0]:g}..{told['label_range'][1]:g}"),
-        ("source", origin),
-        ("packed by", f"mmsa-dist {told['tool_version']}, seed {told['seed']}"),
-        ("fingerprint", told["fingerprint"]),
-        ("folder", told["folder"]),
-    ):
-        facts.add_row(name, value)
-    parts: list[RenderableType] = [title, facts]
-    if told["modalities"]:
-        parts += [Text("\nmodalities, lengths in steps of samples that have it"), _modality_table(told)]
-    parts += [Text("\nlabel M, by nearest label"), _label_table(told, told["labels"]["M"]["counts"])]
-    if len(told["tasks"]) > 1:
-        others = {task: _totals(told["labels"][task]) for task in told["tasks"] if task != "M"}
-        parts += [Text("\nlabels of single modalities, by nearest label"), _label_table(told, others)]
-    return Group(*parts)
+def per_split(index: Index, values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """split -> its part of `values` (samples,)."""
+    return {split: values[index.numbers(split).start : index.numbers(split).stop] for split in index.splits}
 
 
-def _text_line(told: dict[str, Any]) -> str:
-    parts = ["transcripts" if told["raw_text"] else "no transcripts"]
-    if told["tokens"]:
-        parts.append("token ids (length " + _spelled(told["tokens"]["length_percentiles"]) + ")")
-    return " and ".join(parts)
+def _key(index: Index, number: int) -> str:
+    shard_no, row = index.locate(number)
+    return str(index.table(shard_no)["key"][row].as_py())
 
 
-def _spelled(percentiles: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value:,}" for name, value in percentiles.items())
-
-
-def _modality_table(told: dict[str, Any]) -> Table:
-    table = Table("modality")
-    for heading in ("width", *(f"p{p}" for p in PERCENTILES), "absent", "non-finite values"):
-        table.add_column(heading, justify="right")
-    for name, facts in told["modalities"].items():
-        values = (facts["width"], *facts["length_percentiles"].values(), facts["absent"], facts["non_finite"])
-        table.add_row(name, *(f"{value:,}" for value in values))
-    return table
-
-
-def _label_table(told: dict[str, Any], columns: dict[str, list[int]]) -> Table:
-    """One row a label, one column for each of `columns`, and bars of their sum where they are splits."""
-    splits = set(columns) == set(told["splits"])
-    table = Table()
-    for heading in ("label", *columns):
-        table.add_column(heading, justify="right")
-    if splits:
-        table.add_column("all")
-    totals = [sum(row) for row in zip(*columns.values(), strict=True)]
-    for row, (label, total) in enumerate(zip(told["labels"]["M"]["near"], totals, strict=True)):
-        bar = [f"{'█' * round(BAR * total / max(1, *totals))} {total:,}"] if splits else []
-        table.add_row(f"{label:+g}" if label else "0", *(f"{counts[row]:,}" for counts in columns.values()), *bar)
-    if any(lacking := [told["labels"][task]["missing"] for task in columns if task in told["labels"]]):
-        table.add_row("none", *(f"{count:,}" for count in lacking))
-    return table
-
-
-def _totals(facts: dict[str, Any]) -> list[int]:
-    """Counts over all splits."""
-    return [sum(row) for row in zip(*facts["counts"].values(), strict=True)]
-
-
-def _column(tables: list[pa.Table], name: str) -> np.ndarray:
-    return np.concatenate([table[name].to_numpy() for table in tables])
-
-
-def _percentiles(lengths: np.ndarray) -> dict[str, int]:
+def _percentiles(lengths: NDArray[np.int32]) -> dict[str, int]:
     """Percentiles of the lengths that are not zero: p % of them are at most this long."""
     real = lengths[lengths > 0]
     values = np.percentile(real, PERCENTILES, method="inverted_cdf") if len(real) else np.zeros(len(PERCENTILES))
     return {f"p{p}": int(value) for p, value in zip(PERCENTILES, values, strict=True)}
 
 
-def _tokens(index: Index, tables: list[pa.Table]) -> dict[str, Any] | None:
-    return {"length_percentiles": _percentiles(_column(tables, "n_tokens"))} if index.has_tokens else None
-
-
-def _histogram(index: Index, tables: list[pa.Table], task: str) -> dict[str, Any]:
-    """Counts per split of labels nearest to whole steps: seven over -3..3, eleven over -1..1."""
-    low, high = index.label_range
-    bins = 7 if high - low > 2 else 11
-    labels, numbers = _column(tables, f"label_{task}"), np.arange(bins)
-    near = np.rint((labels - low) / (high - low) * (bins - 1))
-    counts = {
-        split: (near[index.numbers(split).start : index.numbers(split).stop, None] == numbers).sum(axis=0).tolist()
-        for split in index.splits
-    }
-    known = labels[~np.isnan(labels)].astype(np.float64)
+def _modality(index: Index, name: str, lengths: NDArray[np.int32]) -> dict[str, Any]:
+    """Of the deviations (of the train split): how many are none, the smallest of the others, the largest."""
+    std = np.asarray(index.statistics[name]["std"], dtype=np.float64)
+    varying = std[std > CONSTANT]
     return {
-        "near": [round(low + (high - low) * n / (bins - 1), 4) for n in range(bins)],
-        "counts": counts,
-        "missing": len(labels) - len(known),
-        "mean": float(known.mean()) if len(known) else None,
+        "width": index.modalities[name].width,
+        "length_percentiles": _percentiles(lengths),
+        "absent": {split: int((part == 0).sum()) for split, part in per_split(index, lengths).items()},
+        "non_finite": index.non_finite.get(name, 0),
+        "constant": [int(n) for n in np.flatnonzero(std <= CONSTANT)],
+        "std": [float(varying.min()), float(varying.max())] if len(varying) else [0.0, 0.0],
     }
+
+
+def _labels(index: Index, task: str, labels: NDArray[np.float32]) -> dict[str, Any]:
+    """Counts per split of labels nearest to whole steps: seven over -3..3, eleven over -1..1; of each class."""
+    if task in index.classes:
+        low, high, bins = 0.0, index.classes[task] - 1.0, index.classes[task]
+    else:
+        low, high = index.label_range
+        bins = 7 if high - low > 2 else 11
+    width = (high - low) / max(1, bins - 1) or 1.0
+    near, numbers = np.rint((labels - low) / width), np.arange(bins)
+    split_near, split_labels = per_split(index, near), per_split(index, labels)
+    known = {split: part[~np.isnan(part)].astype(np.float64) for split, part in split_labels.items()}
+    return {
+        "near": [round(low + width * n, 4) for n in range(bins)],
+        "counts": {split: [int((part == n).sum()) for n in numbers] for split, part in split_near.items()},
+        "missing": int(np.isnan(labels).sum()),
+        "mean": {split: float(part.mean()) if len(part) else None for split, part in known.items()},
+        "std": {split: float(part.std()) if len(part) else None for split, part in known.items()},
+        "zero": {split: float((part == 0).mean()) if len(part) else None for split, part in known.items()},
+    }
+
+
+# --- what deserves a second look, in sentences
+
+
+def _remarks(told: dict[str, Any]) -> Iterator[str]:
+    yield from _leaks(told)
+    for name, facts in told["modalities"].items():
+        if facts["non_finite"]:
+            yield f"{name}: {facts['non_finite']:,} values of the source were NaN or infinite; they are stored as 0"
+        if facts["constant"]:
+            yield (
+                f"{name}: {len(facts['constant']):,} of {facts['width']:,} dimensions never change in train "
+                f"({_few(facts['constant'])}): they tell nothing"
+            )
+        if facts["std"][1] > LARGE:
+            yield (
+                f"{name}: deviations of its dimensions go from {facts['std'][0]:.3g} to {facts['std'][1]:.3g}; "
+                f"train with --data.normalize {name}"
+            )
+        lacking = [split for split, absent in facts["absent"].items() if absent == told["splits"][split] > 0]
+        if lacking and "train" not in lacking:
+            yield f"{name}: no sample of {' and '.join(lacking)} has it, though samples of train do"
+    for split, count in told["splits"].items():
+        if not count:
+            yield f"{split}: no samples"
+
+
+def _leaks(told: dict[str, Any]) -> Iterator[str]:
+    texts, videos = told["transcripts"], told["videos"]
+    if texts and texts["in_several_splits"]:
+        yield (
+            f"transcripts: {texts['in_several_splits']:,} occur in more than one split, {texts['of_them_long']:,} of "
+            f"them of {leaks.LONG} words or more; samples concerned: {_counts(texts['samples'], told['splits'])}"
+        )
+    if videos and videos["in_several_splits"]:
+        yield (
+            f"videos: {videos['in_several_splits']:,} of {videos['videos']:,} have utterances in more than one split; "
+            f"samples concerned: {_counts(videos['samples'], told['splits'])}"
+        )
+
+
+def _counts(counts: dict[str, int], of: dict[str, int]) -> str:
+    return ", ".join(f"{split} {count:,} of {of[split]:,}" for split, count in counts.items() if of[split])
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")

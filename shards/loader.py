@@ -7,7 +7,7 @@ runs without the interpreter lock. They live as long as the loader, over all epo
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from itertools import islice
 from threading import Lock
@@ -17,8 +17,9 @@ from typing import Self, TypeVar
 import numpy as np
 
 from shards.batch import Batch, BatchSpec, TextIds, collate
+from shards.mix import AnyReader
 from shards.plan import EvaluationPlan, Piece, Plan, share
-from shards.read import ShardReader
+from shards.remote.ahead import InOrder, Order, looking_ahead
 from shards.utterance import Utterance
 
 _Item = TypeVar("_Item")
@@ -35,7 +36,7 @@ class Loader:
             are the same for any number.
     """
 
-    def __init__(self, reader: ShardReader, spec: BatchSpec, readers: int = 1) -> None:
+    def __init__(self, reader: AnyReader, spec: BatchSpec, readers: int = 1) -> None:
         assert readers >= 0, readers
         self._reader = reader
         self._readers = readers
@@ -54,13 +55,21 @@ class Loader:
         """
         steps = range(start_step, plan.num_steps)
         pieces = (piece for s in steps for piece in share(plan.step(s), rank, world, accumulation))
-        with closing(self._batches(pieces)) as batches:
-            for _ in steps:
+        begin = start_step * plan.global_batch
+        with self._looking_ahead(plan.order, begin) as reach, closing(self._batches(pieces)) as batches:
+            for step in steps:
+                reach((step + 1) * plan.global_batch)
                 yield list(islice(batches, accumulation))
 
     def evaluate(self, plan: EvaluationPlan, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches of an evaluation; see `EvaluationPlan.batches_for`."""
-        return self._batches(plan.batches_for(rank, world))
+        with (
+            self._looking_ahead(InOrder(plan.first, plan.count), 0) as reach,
+            closing(self._batches(plan.batches_for(rank, world))) as batches,
+        ):
+            for turn, batch in enumerate(batches, 1):
+                reach(turn * world * plan.batch)
+                yield batch
 
     def close(self) -> None:
         """Ends the threads. Iterators that are not used up yet cannot be used afterwards."""
@@ -74,6 +83,10 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _looking_ahead(self, order: Order, begin: int) -> AbstractContextManager[Callable[[int], None]]:
+        index = self._reader.index
+        return looking_ahead(index, order, begin, depth=max(1, self._reader.open_shards // 2))
 
     def _batches(self, pieces: Iterable[Piece]) -> Generator[Batch]:
         if self._pool is None:

@@ -1,151 +1,135 @@
 """Which samples form which batch: a pure function of the index, the split, the seed, the epoch and the batch size.
 
-Nothing here reads data or knows of processes. So every rank computes the same plan by itself, a restart continues at
-any step, and the order cannot depend on the number of ranks, of readers or on a restart.
+Nothing here reads features or knows of processes. So every rank computes the same plan by itself, a restart continues
+at any step, and the order cannot depend on the number of ranks, of readers or on a restart.
 
-The order of an epoch: the split's shards are shuffled and cut into *blocks* of at most `window` shards; the samples of
-a block are shuffled together. A rank therefore needs the files of one block at a time (two, where a step straddles
-them), however large the data set is, and a step costs the same at the beginning and at the end of an epoch.
+`shards.order` says in which order the samples of an epoch come; a plan cuts it into global batches, and may first sort
+*pools* of a few batches by length, so that samples of a batch are alike and less of it is padding.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.costs import CostRule, Costs
 from shards.errors import DataError
+from shards.index import Index
+from shards.mix import Mix
+from shards.order import Computed, Numbers, Order, ShardOrder, packed_counts, permutation
 
-if TYPE_CHECKING:
-    from shards.index import Index
+POOLS = "lengths-1"
+"""Name of the sorting by length, kept with every run: a changed algorithm needs a new name."""
 
-Numbers = NDArray[np.int64]
-
-ORDER = "blocks-1"
-"""Name of the shuffling algorithm, kept with every run: a changed algorithm needs a new name."""
+IN_POOL = (1 << 31) + 1
+"""Marks the random bits that shuffle the batches of a pool."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of one epoch. Compares, hashes and pickles by its fields. Made by `training_plan`.
+class Plan(Computed):
+    """The steps of one epoch. Compares, hashes and pickles by its fields, `costs` excepted. Made by `training_plan`.
 
     Attributes:
-        fingerprint: of the index.
-        split: its name.
-        first: number of the split's first sample.
-        counts: samples in each shard of the split, in the index's order.
-        seed: of the whole run, >= 0.
-        epoch: >= 0; each epoch has an order of its own.
+        order: of the samples.
         global_batch: samples per step, over all ranks and micro-batches.
-        window: shards that are shuffled together, at most.
+        pool: global batches that are sorted by length together; 0 sorts nothing.
+        rule: what counts as length; None where nothing is sorted.
+        costs: looks it up in the index's tables. It does not travel: `Plan.on` gives a copied plan its tables back.
     """
 
-    fingerprint: str
-    split: str
-    first: int
-    counts: tuple[int, ...]
-    seed: int
-    epoch: int
+    order: Order
     global_batch: int
-    window: int
+    pool: int = 0
+    rule: CostRule | None = None
+    costs: Callable[[Numbers], NDArray[np.int64]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_samples(self) -> int:
-        return int(self._block_ends[-1])
+        return self.order.num_samples
 
     @property
     def num_steps(self) -> int:
         return -(-self.num_samples // self.global_batch)
 
-    @property
-    def num_blocks(self) -> int:
-        return len(self._block_ends)
-
     def step(self, step: int) -> Numbers:
         """The numbers of the samples of the global batch of `step`: (global_batch,), fewer in the last step.
 
-        Time and memory depend on the batch and on one block, not on `step` nor on the size of the data set.
+        Time and memory depend on the batch (or the pool) and on one block, not on `step` nor on the size of the data
+        set. A plan that sorts by length reads tables of the shards it needs.
+
+        Raises:
+            DataError: such a table is missing or damaged.
         """
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
+        if self.pool:
+            pool, step = divmod(step, self.pool)
+            return self._pool(pool)[step * self.global_batch : (step + 1) * self.global_batch]
         begin = step * self.global_batch
-        end = min(begin + self.global_batch, self.num_samples)
-        block = int(np.searchsorted(self._block_ends, begin, side="right"))
-        parts = []
-        while begin < end:
-            block_begin = int(self._block_ends[block - 1]) if block else 0
-            block_end = min(end, int(self._block_ends[block]))
-            parts.append(self._block(block)[begin - block_begin : block_end - block_begin])
-            begin, block = block_end, block + 1
-        return np.concatenate(parts)
+        return self.order.between(begin, min(begin + self.global_batch, self.num_samples))
 
     def describe(self) -> dict[str, Any]:
         """What a reader of a run's ``plan.json`` wants to know: enough to make the plan of any epoch again."""
-        return {
-            "order": ORDER,
-            "fingerprint": self.fingerprint,
-            "split": self.split,
-            "seed": self.seed,
-            "global_batch": self.global_batch,
-            "window": self.window,
-            "samples": self.num_samples,
-            "steps_per_epoch": self.num_steps,
-            "shards": len(self.counts),
-            "blocks": self.num_blocks,
-        }
+        about = self.order.describe()
+        if self.rule is not None:
+            about["order"] += f"+{POOLS}"
+            about |= {"length_pool": self.pool, "length": self.rule.describe()}
+        return {**about, "global_batch": self.global_batch, "steps_per_epoch": self.num_steps}
+
+    def on(self, index: Index | Mix) -> "Plan":
+        """The plan with the tables of `index` to look lengths up in, where it needs some."""
+        return self if self.rule is None else replace(self, costs=Costs(index, self.rule))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # without what is computed from them
+        return {**super().__getstate__(), "costs": None}
 
     @cached_property
-    def _counts(self) -> Numbers:
-        return np.asarray(self.counts, dtype=np.int64)
+    def _pool(self) -> Callable[[int], Numbers]:
+        return lru_cache(maxsize=1)(self._sorted)
 
-    @cached_property
-    def _begins(self) -> Numbers:
-        """Number of the first sample of each shard, (shards,)."""
-        return self.first + np.cumsum(self._counts) - self._counts
+    def _sorted(self, pool: int) -> Numbers:
+        """The numbers of the samples of one pool, in the order of the epoch.
 
-    @cached_property
-    def _shard_order(self) -> Numbers:
-        return _permutation(len(self.counts), self.seed, self.epoch)
-
-    @cached_property
-    def _bounds(self) -> Numbers:
-        """Block b holds the shards ``_shard_order[_bounds[b]:_bounds[b + 1]]``: as many in each, within one."""
-        shards = len(self.counts)
-        blocks = -(-shards // self.window)
-        return np.arange(blocks + 1, dtype=np.int64) * shards // blocks
-
-    @cached_property
-    def _block_ends(self) -> Numbers:
-        """Position in the epoch at which each block ends, (blocks,)."""
-        return np.cumsum(self._counts[self._shard_order])[self._bounds[1:] - 1]
-
-    @cached_property
-    def _block(self) -> Callable[[int], Numbers]:
-        return lru_cache(maxsize=2)(self._shuffled)  # two: a step may straddle blocks
-
-    def _shuffled(self, block: int) -> Numbers:
-        """The numbers of the samples of one block, in the order of the epoch."""
-        shards = self._shard_order[self._bounds[block] : self._bounds[block + 1]]
-        begins, counts = self._begins[shards], self._counts[shards]
-        numbers = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, counts, strict=True)])
-        return numbers[_permutation(len(numbers), self.seed, self.epoch, block)]
+        Cut into batches after sorting (ties as they were shuffled), and these shuffled. What does not fill a batch, at
+        the end of the epoch, is left out of it: the last batch would always have the longest.
+        """
+        assert self.costs is not None, "a plan that was copied needs its tables again: plan.on(index)"
+        size = self.pool * self.global_batch
+        numbers = self.order.between(pool * size, min((pool + 1) * size, self.num_samples))
+        whole, rest = np.split(numbers, [len(numbers) // self.global_batch * self.global_batch])
+        batches = whole[np.argsort(self.costs(whole), kind="stable")].reshape(-1, self.global_batch)
+        batches = batches[permutation(len(batches), self.order.seed, IN_POOL, self.order.epoch, pool)]
+        return np.concatenate([batches.ravel(), rest])
 
 
-def training_plan(index: "Index", split: str, seed: int, epoch: int, global_batch: int, window: int = 8) -> Plan:
-    """The plan of one epoch over `split`; see `Plan` for the arguments.
+def training_plan(
+    index: Index | Mix,
+    split: str,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    window: int = 8,
+    pool: int = 0,
+    rule: CostRule | None = None,
+) -> Plan:
+    """The plan of one epoch over `split`; see `Plan` and `shards.order` for the arguments.
 
     Raises:
         DataError: the split has no samples.
     """
     numbers = _numbers(index, split)
     assert seed >= 0 and epoch >= 0 and global_batch > 0 and window > 0, (seed, epoch, global_batch, window)
-    counts = tuple(shard.samples for shard in index.shards if shard.split == split)
-    assert sum(counts) == len(numbers), f"{split}: {sum(counts)} samples in shards, {len(numbers)} in the index"
-    return Plan(index.fingerprint, split, numbers.start, counts, seed, epoch, global_batch, window)
+    assert pool >= 0 and (rule is None) == (pool == 0), (pool, rule)
+    order: Order
+    if isinstance(index, Mix):
+        order = index.order(split, seed, epoch, window)
+    else:
+        counts = packed_counts(shard.samples for shard in index.shards if shard.split == split)
+        order = ShardOrder(index.fingerprint, split, numbers.start, counts, seed, epoch, window)
+    assert order.num_samples == len(numbers), f"{split}: {order.num_samples} samples in shards, {len(numbers)} numbers"
+    return Plan(order, global_batch, pool, rule).on(index)
 
 
 @dataclass(frozen=True)
@@ -219,7 +203,7 @@ class EvaluationPlan:
             yield Piece(filled, weight, float(max(1, real)))
 
 
-def evaluation_plan(index: "Index", split: str, batch: int) -> EvaluationPlan:
+def evaluation_plan(index: Index | Mix, split: str, batch: int) -> EvaluationPlan:
     """The evaluation of `split` in batches of `batch` samples (of the whole split, where that is smaller).
 
     Raises:
@@ -230,7 +214,7 @@ def evaluation_plan(index: "Index", split: str, batch: int) -> EvaluationPlan:
     return EvaluationPlan(numbers.start, len(numbers), min(batch, len(numbers)))
 
 
-def _numbers(index: "Index", split: str) -> range:
+def _numbers(index: Index | Mix, split: str) -> range:
     numbers = index.numbers(split)
     if not numbers:
         held = ", ".join(f"{name} {count}" for name, count in index.splits.items() if count) or "nothing"
@@ -246,13 +230,3 @@ def _filled(numbers: Numbers, size: int) -> tuple[Numbers, NDArray[np.float32]]:
     weight = np.ones(size, dtype=np.float32)
     weight[len(numbers) :] = 0
     return np.concatenate([numbers, np.repeat(numbers[:1], filler)]), weight
-
-
-def _permutation(size: int, seed: int, *where: int) -> Numbers:
-    """A permutation of 0 .. size - 1 that depends on the arguments only.
-
-    Sorted raw bits instead of `Generator.permutation`: NumPy keeps the stream of a bit generator for ever, but may
-    change what a Generator makes of it (NEP 19), and a run may be resumed under another version.
-    """
-    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=where)).random_raw(size)
-    return np.argsort(bits, kind="stable")

@@ -4,7 +4,8 @@ Results go to standard output (`console`), progress and remarks to standard erro
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,6 +19,14 @@ remarks = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 SECONDS_BETWEEN_LINES = 10.0
 """How often a plain line appears where there is no terminal."""
+
+_COLUMNS = (
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+)
 
 _Item = TypeVar("_Item")
 
@@ -35,15 +44,51 @@ def track(iterable: Iterable[_Item], total: int | None, description: str) -> Ite
         yield from _lines(iterable, total, description)
 
 
+@contextmanager
+def meter(total: int, description: str, remark: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Gives what is to be told of progress: how many more are done, and how many bytes more are written.
+
+    Args:
+        total: number of items.
+        description: what is being done, e.g. ``packing``.
+        remark: to be said before.
+    """
+    if remark:
+        remarks.print(f"{description}: {remark}", soft_wrap=True)
+    began, done, written = time.monotonic(), 0, 0
+
+    def rate() -> str:
+        return f"{written / 1e6 / max(1e-9, time.monotonic() - began):,.0f} MB/s" if written else ""
+
+    if remarks.is_terminal:
+        columns = (*_COLUMNS, TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, console=remarks, transient=True) as progress:
+            task = progress.add_task(description, total=total, rate="")
+
+            def advance(items: int, bytes_: int) -> None:
+                nonlocal written
+                written += bytes_
+                progress.update(task, advance=items, rate=rate())
+
+            yield advance
+        return
+    last = began
+
+    def say(items: int, bytes_: int) -> None:
+        nonlocal done, written, last
+        done, written = done + items, written + bytes_
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            share = f"{done:,}/{total:,} ({100 * done // max(1, total)} %)"
+            remarks.print(", ".join(filter(None, [f"{description}: {share}", rate()])), soft_wrap=True)
+
+    yield say
+    if last > began:  # whoever read of a part shall not think that it ended there
+        remarks.print(f"{description}: done", soft_wrap=True)
+
+
 def _bar(iterable: Iterable[_Item], total: int | None, description: str) -> Iterator[_Item]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=remarks, transient=True) as progress:
+    with Progress(*_COLUMNS, console=remarks, transient=True) as progress:
         task = progress.add_task(description, total=total)
         for item in iterable:
             yield item

@@ -23,6 +23,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.errors import DataError, TransientError
+from shards.foreign.arrays import DTYPES, FLOATS, INTEGERS
+from shards.foreign.fields import field_of
 from shards.index import Index
 from shards.tar import TENSORS, escape_key
 from shards.utterance import Utterance
@@ -50,7 +52,7 @@ class ShardReader:
         assert open_shards > 0, open_shards
         self.index = index
         self._verify = verify
-        self._capacity = open_shards
+        self.open_shards = open_shards
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = Lock()
 
@@ -96,22 +98,19 @@ class ShardReader:
         opened = self._opened(shard_no)
         with self._lock:
             found = self._open.setdefault(shard_no, opened)
-            while len(self._open) > self._capacity:
+            while len(self._open) > self.open_shards:
                 self._open.popitem(last=False)
             return found
 
     def _opened(self, shard_no: int) -> "_Shard":
         table = self.index.table(shard_no, self._verify)
         tar = self.index.expected_tar(shard_no)
-        if self._verify:
-            tar.check()
-        else:
-            tar.check_size()
-        return _Shard(self.index, shard_no, table)
+        kind = _ForeignShard if self.index.foreign else _Shard
+        return tar.use(lambda _: kind(self.index, shard_no, table), self._verify)
 
 
 class _Shard:
-    """One mapped tar with its table."""
+    """One mapped tar with its table. (Should the file shrink while it is mapped, touching it ends the process.)"""
 
     def __init__(self, index: Index, shard_no: int, table: pa.Table) -> None:
         self._index = index
@@ -121,13 +120,18 @@ class _Shard:
         # lists, a few hundred rows: one element of an Arrow or NumPy array costs more than all the parsing of a sample
         rows = {name: table.column(name).to_pylist() for name in table.column_names if name != "split"}
         self._keys: list[str] = rows["key"]
-        self._payloads = self._ranges(rows["offset"], rows["size"], size)
         self._members = self._ranges(rows["json_offset"], rows["json_size"], size)
         self._labels = {task: rows[f"label_{task}"] for task in index.tasks}
-        floats = _FLOATS[index.dtype]
-        self._tensors = [_Tensors(m, rows[f"length_{m}"], (d.width,), *floats) for m, d in index.modalities.items()]
-        self._tensors.append(_Tensors("tokens", rows["n_tokens"], (), "I32", np.dtype("<i4")))
+        self._describe(rows, size)
         self._data = self._mapped(size)
+
+    def _describe(self, rows: dict[str, list[Any]], size: int) -> None:
+        """What is known of the tensors."""
+        self._payloads = self._ranges(rows["offset"], rows["size"], size)
+        floats = _FLOATS[self._index.dtype]
+        held = self._index.modalities.items()
+        self._tensors = [_Tensors(m, rows[f"length_{m}"], (d.width,), *floats) for m, d in held]
+        self._tensors.append(_Tensors("tokens", rows["n_tokens"], (), "I32", np.dtype("<i4")))
 
     def sample(self, row: int, with_text: bool) -> Utterance:
         arrays = self._arrays(row)
@@ -143,10 +147,10 @@ class _Shard:
         )
 
     def _ranges(self, offsets: list[int], sizes: list[int], end: int) -> list[tuple[int, int]]:
-        """Where members' payloads begin and end, all within the file."""
+        """Where members' payloads begin and end, all within the file; (0, 0) where there is none."""
         ranges = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
         for row, (first, last) in enumerate(ranges):
-            if not BLOCKSIZE <= first <= last <= end:
+            if not BLOCKSIZE <= first <= last <= end and (last or not self._index.foreign):
                 raise self._wrong(row, f"bytes {first} to {last} in the table", f"some of {BLOCKSIZE} to {end}")
         return ranges
 
@@ -157,6 +161,8 @@ class _Shard:
                 return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         except ValueError as error:  # it has shrunk since its size was checked; to map and touch it would be a SIGBUS
             raise DataError(f"{self._path}: {error}, expected {size} bytes; copy it again or pack again") from error
+        except FileNotFoundError:  # what that means depends on where the file comes from: see Expected.use
+            raise
         except OSError as error:
             raise TransientError(
                 f"{self._path}: cannot be mapped ({error.strerror}); see ulimit -n and the free memory"
@@ -234,8 +240,67 @@ class _Shard:
     def _wrong(self, row: int, found: str, expected: str) -> DataError:
         return DataError(
             f"{self._path}: sample {self._keys[row]!r}: {found}, expected {expected}; the shard and its index "
-            f"disagree: run mmsa-dist verify {self._index.folder}, then copy the data set again or pack again"
+            f"disagree: run mmsa-dist verify {self._index.where}, then copy the data set again or pack again"
         )
+
+
+class _ForeignShard(_Shard):
+    """A tar that somebody else wrote: its table says at which byte each sample's numbers begin."""
+
+    def _describe(self, rows: dict[str, list[Any]], size: int) -> None:
+        held = self._index.modalities.items()
+        self._numbers = [_Numbers.of(m, rows[f"length_{m}"], (d.width,), rows) for m, d in held]
+        self._numbers.append(_Numbers.of("tokens", rows["n_tokens"], (), rows))
+        for numbers in self._numbers:
+            kinds = INTEGERS if numbers.name == "tokens" else FLOATS
+            for row, (steps, dtype, begin) in enumerate(
+                zip(numbers.steps, numbers.dtypes, numbers.offsets, strict=True)
+            ):
+                if not steps:
+                    continue
+                if steps < 0 or dtype not in kinds:
+                    found = f"{numbers.name} has {steps} steps of {dtype!r}"
+                    raise self._wrong(row, found, f"some of {', '.join(kinds)}")
+                end = begin + steps * math.prod(numbers.width) * kinds[dtype].itemsize
+                if not BLOCKSIZE <= begin <= end <= size:
+                    found = f"{numbers.name} is in bytes {begin} to {end}"
+                    raise self._wrong(row, found, f"some of {BLOCKSIZE} to {size}")
+
+    def _arrays(self, row: int) -> dict[str, NDArray[Any]]:
+        """Views of the sample's numbers; a copy where some are not finite, or where they stand at an odd byte."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for numbers in self._numbers:
+            if not (steps := numbers.steps[row]):
+                continue
+            dtype, begin = DTYPES[numbers.dtypes[row]], numbers.offsets[row]
+            shape = (steps, *numbers.width)
+            if begin % dtype.itemsize:
+                size = math.prod(shape) * dtype.itemsize
+                array = np.ndarray(size, np.uint8, self._data, begin).copy().view(dtype).reshape(shape)
+            else:
+                array = np.ndarray(shape, dtype, self._data, begin)
+            if numbers.flaws[row]:
+                array = np.where(np.isfinite(array), array, np.zeros((), dtype))
+            arrays[numbers.name] = array.astype(np.int32, copy=False) if numbers.name == "tokens" else array
+        return arrays
+
+    def _text(self, row: int) -> str | None:
+        """The transcript: a text member, or a field of a JSON one."""
+        first, last = self._members[row]
+        if not last:
+            return None
+        if last - first > _MAX_JSON:
+            raise self._wrong(row, f"its transcript's member has {last - first} bytes", f"at most {_MAX_JSON}")
+        place = self._index.layout["raw_text"]
+        member, _, name = place.partition(":")
+        try:
+            text = self._data[first:last].decode()
+            told = field_of(json.loads(text), name) if member.endswith("json") else text.strip()
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(row, f"its transcript ({place}) does not parse ({error})", "text") from error
+        if not isinstance(told, str):
+            raise self._wrong(row, f"its transcript ({place}) is a {type(told).__name__}", "text")
+        return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,3 +319,27 @@ class _Tensors:
     width: tuple[int, ...]
     code: str
     dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What the table says of one modality, or the token ids, of each sample of a foreign tar.
+
+    Attributes:
+        name: of it.
+        steps: T of each sample, 0 where absent.
+        width: the shape after T: (D,), or () for token ids.
+        offsets, dtypes: where its numbers begin in the tar, and their type.
+        flaws: how many of them are not finite.
+    """
+
+    name: str
+    steps: list[int]
+    width: tuple[int, ...]
+    offsets: list[int]
+    dtypes: list[str]
+    flaws: list[int]
+
+    @classmethod
+    def of(cls, name: str, steps: list[int], width: tuple[int, ...], rows: dict[str, list[Any]]) -> Self:
+        return cls(name, steps, width, rows[f"offset_{name}"], rows[f"dtype_{name}"], rows[f"non_finite_{name}"])

@@ -9,13 +9,16 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from shards.errors import DataError
 from shards.files import sha256_of
+
+_Result = TypeVar("_Result")
 
 _UNSETTLED_NS = 100_000_000
 """A file changed so recently may change again without another modification time (the clock of a file system is coarse):
@@ -25,11 +28,15 @@ _verified: set[str] = set()
 """What this process has verified, should there be no folder to remember it in."""
 
 
-def marker_folder() -> Path:
-    """Where verified files are remembered: below ``$MMSA_CACHE``, else the user's cache folder."""
+def cache_folder() -> Path:
+    """What this machine remembers of data sets: ``$MMSA_CACHE``, else a folder in the user's cache."""
     own = os.environ.get("MMSA_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmsa-dist"
-    return base / "verified"
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmsa-dist"
+
+
+def marker_folder() -> Path:
+    """Where verified files are remembered."""
+    return cache_folder() / "verified"
 
 
 @dataclass(frozen=True)
@@ -75,22 +82,46 @@ class Expected:
                     "that were packed; copy it again or pack again"
                 )
             after = self.check_size()
-            if self._marker(after) == marker and time.time_ns() - after.st_ctime_ns > _UNSETTLED_NS:
-                _remember(marker)
+            if self._marker(after) == marker and time.time_ns() - self._changed_ns(after) > _UNSETTLED_NS:
+                remember(marker)
+
+    def use(self, opener: Callable[[Path], _Result], verify: bool = True) -> _Result:
+        """`opener` of the file's path, once the file is known to be right (its size only, without `verify`).
+
+        Raises:
+            DataError: it is not.
+        """
+        if verify:
+            self.check()
+        else:
+            self.check_size()
+        try:
+            return opener(self.path)
+        except FileNotFoundError:  # gone in this moment
+            self.check_size()
+            raise
 
     def _marker(self, status: os.stat_result) -> Path:
         """The file whose existence says that exactly this file, on this node, was verified."""
-        what = (
+        what = "\0".join(map(str, self._stamp(status)))
+        return marker_folder() / hashlib.sha256(what.encode()).hexdigest()
+
+    def _stamp(self, status: os.stat_result) -> tuple[object, ...]:
+        """What would be another if the file had changed."""
+        return (
             socket.gethostname(),
             self.path.resolve(),
             status.st_dev,
             status.st_ino,
             status.st_size,
             status.st_mtime_ns,
-            status.st_ctime_ns,
+            self._changed_ns(status),
             self.sha256,
         )
-        return marker_folder() / hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()
+
+    def _changed_ns(self, status: os.stat_result) -> int:
+        """When it was last written to, whatever a copying tool made of its modification time."""
+        return status.st_ctime_ns
 
 
 @contextmanager
@@ -105,7 +136,9 @@ def _one_at_a_time(marker: Path) -> Iterator[None]:
         yield
 
 
-def _remember(marker: Path) -> None:
+def remember(marker: Path) -> None:
+    """Says that the file of this marker was verified."""
     _verified.add(marker.name)
     with suppress(OSError):  # a full or read-only disk costs other processes reading the file again
+        marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         marker.touch()

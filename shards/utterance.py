@@ -3,7 +3,7 @@
 Shapes: T time steps of a modality (real steps only, no padding), D its width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class Utterance:
         labels: task -> label in the data set's units (MOSI, MOSEI: -3..3; SIMS: -1..1; a class: its number).
         raw_text: the transcript, where there is one.
         tokens: (T,) int32 token ids of the data set's own tokenizer with its special tokens, where there are some.
+        remarks: what is odd about it but not wrong, as sentences with ``{:,}`` where the report after packing puts the
+            number of samples of which the same is true.
     """
 
     key: str
@@ -40,4 +42,4 @@ class Utterance:
     labels: dict[str, float]
     raw_text: str | None = None
     tokens: np.ndarray | None = None
-    extra: dict[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()

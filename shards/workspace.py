@@ -1,11 +1,13 @@
 """The folder that a packing works in, and how it becomes the data set: whole, or not at all.
 
 Several packings may work at the same time, into the same folder even: each has a workspace of its own, and the target
-changes in one step.
+changes in one step. What a packing that was killed has left is taken over by the next into the same folder: where that
+has the same job, with the shards that are finished; else it is removed.
 """
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -14,11 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from shards.errors import ConfigError
 from shards.files import exchange, sync_folder
 from shards.index import FILE
 from shards.utterance import SPLITS
+
+JOB = "job.json"
+"""Says in a workspace what is packed there."""
+
+DONE = ".done.json"
+"""Suffix of the record of a finished shard."""
 
 _OURS = re.compile(rf"{re.escape(FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.(tar|arrow)")
 
@@ -50,16 +59,34 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def workspace(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone afterwards unless it was renamed. Those of killed packings go too."""
+def workspace(out: Path, job: dict[str, Any], keeping: tuple[type[BaseException], ...] = ()) -> Iterator[Path]:
+    """A hidden folder beside `out`, gone afterwards unless it was renamed.
+
+    Args:
+        out: the target.
+        job: what determines the bytes of the shards, as JSON can tell it; the folder holds it in `JOB`.
+        keeping: errors that leave it behind, with the shards that are finished, for the next packing of this job.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     # held while we live: a killed packing's folder can be told from a working one's
-    folder, lock = _claimed(out)
+    folder, lock = _claimed(out, json.dumps(job, sort_keys=True))
+    kept = False
     try:
         yield folder
+    except keeping:
+        kept = bool(finished(folder))
+        if kept:
+            _tidy(folder)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(folder, ignore_errors=True)
         _unlock(lock)
+
+
+def finished(folder: Path) -> list[str]:
+    """Stems of the shards that are finished: their record (see `shards.packing.shard`) is written last."""
+    return sorted(path.name.removesuffix(DONE) for path in folder.glob(f"*{DONE}"))
 
 
 def publish(folder: Path, out: Path, overwrite: bool) -> None:
@@ -68,6 +95,8 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: `out` was filled since `check_target`.
     """
+    for path in [folder / JOB, *folder.glob(f"*{DONE}")]:
+        path.unlink()
     sync_folder(folder)
     if overwrite and out.exists():
         check_target(out, overwrite)
@@ -85,23 +114,52 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
     sync_folder(out.parent)
 
 
-def _claimed(out: Path) -> tuple[Path, int | None]:
-    """A new workspace and what locks it; stale ones are removed.
+def _claimed(out: Path, job: str) -> tuple[Path, int | None]:
+    """The workspace of this job that a killed packing left, tidied, or a new one; and what locks it. Others' go.
 
     One packing at a time does this: between its making and its locking a folder looks like a stale one.
     """
     turn = _lock(out.parent, wait=True)
     try:
         prefix = f".{out.name}.packing-"
-        for stale in out.parent.glob(f"{escape(prefix)}*"):
-            if (lock := _lock(stale)) is not None:
+        taken: tuple[Path, int | None] | None = None
+        # of several, the one with most in it
+        for stale in sorted(out.parent.glob(f"{escape(prefix)}*"), key=lambda folder: -len(finished(folder))):
+            if (lock := _lock(stale)) is None:
+                continue
+            if not taken and _job_of(stale) == job:
+                taken = stale, lock
+            else:
                 shutil.rmtree(stale, ignore_errors=True)
                 _unlock(lock)
+        if taken:
+            _tidy(taken[0])
+            return taken
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         folder.chmod(0o777 & ~_umask())
-        return folder, _lock(folder)
+        lock = _lock(folder)
+        (folder / JOB).write_text(job, encoding="utf-8")
+        return folder, lock
     finally:
         _unlock(turn)
+
+
+def _job_of(folder: Path) -> str:
+    """The job that a workspace is of, '' where it does not say, or somebody else made it."""
+    try:
+        if folder.lstat().st_uid != os.geteuid() or folder.is_symlink():
+            return ""
+        return (folder / JOB).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _tidy(folder: Path) -> None:
+    """Removes whatever belongs to no finished shard."""
+    keep = {JOB} | {f"{stem}{suffix}" for stem in finished(folder) for suffix in (DONE, ".tar", ".arrow")}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
 
 
 def _lock(folder: Path, wait: bool = False) -> int | None:

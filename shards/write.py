@@ -1,37 +1,44 @@
 """Packs a source into shards: a folder that is there whole or not at all.
 
 Everything is written into a hidden folder beside the target (`shards.workspace`), onto the disk, the index last; then
-the folder gets its name.
+the folder gets its name. Who writes the shards, and which samples they hold: `shards.packing`.
 """
 
 import errno
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import ConfigError, DataError, TransientError
+from shards.half import worth_torch
 from shards.index import Index, Modality, Shard
-from shards.moments import Moments
+from shards.packing.job import Division, Job, installed
+from shards.packing.processes import Crew, Here, LostError, Processes, chosen
+from shards.packing.shard import Report, make
+from shards.packing.tally import Tally
 from shards.sources import Source
-from shards.sources.clean import Cleaner
-from shards.tar import ShardWriter
-from shards.utterance import SPLITS, Utterance
-from shards.workspace import check_target, publish, workspace
+from shards.utterance import SPLITS
+from shards.workspace import check_target, finished, publish, workspace
 
 MEGABYTE = 2**20
 
-Show = Callable[[Iterable[int], int, str], Iterable[int]]
-"""`shards.progress.track`, or nothing."""
+Show = Callable[[int, str, str], AbstractContextManager[Report]]
+"""`shards.progress.meter`, or nothing: (samples, what is done, a remark) -> what is told of progress."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def silent(total: int, what: str, remark: str = "") -> Iterator[Report]:
+    """Shows nothing."""
+    yield lambda samples, written: None
 
 
 def pack(
@@ -43,17 +50,24 @@ def pack(
     seed: int = 0,
     shard_bytes: int = 64 * MEGABYTE,
     overwrite: bool = False,
-    show: Show = lambda numbers, total, what: numbers,
+    show: Show = silent,
+    workers: int | None = 1,
+    ray: str | None = None,
 ) -> tuple[Index, list[str]]:
     """Writes all samples of `source`; the order within a split is shuffled once, from `seed`.
+
+    The bytes do not depend on who writes them. What a killed packing of the same into `out` has finished is not done
+    again.
 
     Args:
         out: folder to make.
         name: name of the data set, the source's own by default. A generated one always starts with ``synthetic``.
         dtype: of the stored features.
-        shard_bytes: a shard is closed once it is this large.
+        shard_bytes: about how large a shard is.
         overwrite: replace a data set that is there already.
-        show: wraps the loop over the samples, to show progress.
+        show: shows progress.
+        workers: processes that write; None starts one a core where the work is worth it, 0 and 1 none.
+        ray: address of a Ray cluster whose nodes write instead, or "local" for one of our own on this machine.
 
     Returns:
         The index, and what was odd or mended, in sentences.
@@ -61,102 +75,104 @@ def pack(
     Raises:
         DataError: a sample is not as it should be.
         ConfigError: `out` is taken, or cannot be written.
-        TransientError: the disk is full. Nothing half-written stays behind in any case.
+        TransientError: the disk is full; or a writing process was killed. Nothing half-written stays behind in any
+            case; shards that are finished stay, in the hidden folder, where the packing was killed or interrupted.
     """
     out = out.resolve()
-    packing = _Packing(source, dtype, seed, shard_bytes, show)
+    packing = _Packing(Job(source, dtype, seed, shard_bytes), out)
     try:
         check_target(out, overwrite)
         _check_counts(source)
         _check_keys(source)
-        with workspace(out) as folder:
-            packing.write(folder, _named(name or source.name, source.synthetic)).save()
+        with workspace(out, packing.job.identity(), keeping=(KeyboardInterrupt, TransientError)) as folder:
+            packing.folder = folder
+            packing.division = packing.job.divide()
+            packing.write(folder, packing.crew(folder, workers, ray), show)
+            packing.index(folder, _named(name or source.name, source.synthetic)).save()
             publish(folder, out, overwrite)
     except OSError as error:
         raise _explained(error, out, packing) from error
-    return Index.load(out), packing.cleaner.notes() + source.notes()
+    except LostError as error:
+        raise LostError(f"{error}; {packing.kept()}") from error
+    except KeyboardInterrupt as error:
+        error.add_note(packing.kept())
+        raise
+    return Index.load(out), packing.tally.notes() + source.notes()
 
 
 class _Packing:
     """The work itself, with what it has done so far (an error message tells it)."""
 
-    def __init__(self, source: Source, dtype: str, seed: int, shard_bytes: int, show: Show) -> None:
-        self._source, self._dtype, self._seed, self._shard_bytes, self._show = source, dtype, seed, shard_bytes, show
-        self.cleaner = Cleaner(source)
-        self._moments = {modality: Moments(width) for modality, width in source.widths.items()}
-        self._longest = dict.fromkeys(source.widths, 1)
+    def __init__(self, job: Job, out: Path) -> None:
+        self.job = job
+        self.tally = Tally(job.source)
+        self.division = Division((), 0)
         self.samples = 0
-        self.bytes = 0
+        self._out = out
+        self.folder: Path | None = None
+        self._shards: list[Shard] = []
 
-    def write(self, folder: Path, name: str) -> Index:
-        """All shards; the index that belongs to them, not saved yet."""
-        source = self._source
-        shards = [shard for split in SPLITS for shard in self._write_split(folder, split)]
+    def crew(self, folder: Path, workers: int | None, ray: str | None) -> Crew:
+        """Those who write."""
+        if ray:
+            from shards.packing.on_ray import OnRay
+
+            return OnRay(self.job, folder, ray, self.division.bytes)
+        worth_torch(self.division.bytes)
+        write = partial(make, self.job.source, self.job.dtype, folder)
+        number = chosen(workers, len(self.division.pieces), self.division.bytes)
+        return Processes(write, number) if number > 1 else Here(write)
+
+    def write(self, folder: Path, crew: Crew, show: Show) -> None:
+        """All shards."""
+        pieces = self.division.pieces
+        there = len(finished(folder))
+        remark = f"going on: {there:,} of {len(pieces):,} shards are there" if there else ""
+        total = sum(self.job.source.counts[split] for split in SPLITS)
+        with crew, show(total, "packing", remark) as tell:
+
+            def report(samples: int, written: int) -> None:
+                self.samples += samples
+                tell(samples, written)
+
+            for piece, record in zip(pieces, crew.work(pieces, report), strict=True):
+                self.tally.merge(record)
+                self._shards.append(record.shard)
+                if piece.split == "train" and pieces[piece.number + 1].split != "train":
+                    self.tally.cleaner.check_something_finite()
+
+    def index(self, folder: Path, name: str) -> Index:
+        """The index that belongs to the shards, not saved yet."""
+        source, tally = self.job.source, self.tally
         return Index(
             folder=folder,
             name=name,
             synthetic=source.synthetic,
-            dtype=self._dtype,
-            modalities={m: Modality(width=w, max_length=self._longest[m]) for m, w in source.widths.items()},
+            dtype=self.job.dtype,
+            modalities={m: Modality(width=w, max_length=tally.longest[m]) for m, w in source.widths.items()},
             tasks=source.tasks,
             classes=source.classes,
             label_range=source.label_range,
             has_raw_text=source.has_raw_text,
             has_tokens=source.has_tokens,
             splits={split: source.counts[split] for split in SPLITS},
-            shards=tuple(shards),
-            statistics={m: moments.result() for m, moments in self._moments.items()},
-            non_finite={m: self.cleaner.non_finite[m] for m in source.widths},
+            shards=tuple(self._shards),
+            statistics={m: moments.result() for m, moments in tally.moments.items()},
+            non_finite={m: tally.cleaner.non_finite[m] for m in source.widths},
             source=source.provenance,
-            tool_version=_tool_version(),
-            seed=self._seed,
+            tool_version=installed("mmsa-dist"),
+            seed=self.job.seed,
         )
 
-    def needed(self) -> int:
-        """Bytes that the whole data set will take, judged by what was written; 0 where nothing was."""
-        return self.bytes * sum(self._source.counts.values()) // self.samples if self.samples else 0
-
-    def _write_split(self, folder: Path, split: str) -> Iterator[Shard]:
-        total = self._source.counts[split]
-        order = np.random.default_rng([self._seed, SPLITS.index(split)]).permutation(total)
-        writer: ShardWriter | None = None
-        shard_no = 0
-        try:
-            for number in self._show(order, total, f"packing {split}"):
-                writer = writer or ShardWriter(folder, f"{split}-{shard_no:05d}", split, self._source.tasks)
-                before = writer.bytes
-                writer.add(self._prepared(self._source.read(split, int(number))))
-                self.bytes += writer.bytes - before
-                self.samples += 1
-                if writer.bytes >= self._shard_bytes:
-                    yield writer.close()
-                    writer, shard_no = None, shard_no + 1
-            if writer:
-                yield writer.close()
-                writer = None
-        finally:
-            if writer:
-                writer.abandon()
-        if split == "train":
-            self.cleaner.check_something_finite()
-
-    def _prepared(self, utterance: Utterance) -> Utterance:
-        """The sample as it is stored: clean, in the data set's dtype, counted."""
-        utterance = self.cleaner.clean(utterance)
-        stored: dict[str, np.ndarray] = {}
-        for modality, values in utterance.modalities.items():
-            self._longest[modality] = max(self._longest[modality], len(values))
-            if utterance.split == "train":
-                self._moments[modality].add(values)
-            largest = max(values.max(), -values.min())
-            if largest > np.finfo(self._dtype).max:
-                raise DataError(
-                    f"{self._source.where}: {utterance.split}, id {utterance.key!r}: {modality} has a value of "
-                    f"{largest:g}, more than {self._dtype} holds ({np.finfo(self._dtype).max:g}); "
-                    "pack with --dtype float32"
-                )
-            stored[modality] = values.astype(self._dtype)
-        return replace(utterance, modalities=stored)
+    def kept(self) -> str:
+        """What is left of a packing that was stopped, and what to do."""
+        shards = len(finished(self.folder)) if self.folder else 0
+        if not shards:
+            return "no shard was finished and nothing is left; start again"
+        return (
+            f"{shards:,} of {len(self.division.pieces):,} shards are finished and kept beside {self._out}: the same "
+            "command goes on with them, another into the same folder removes them"
+        )
 
 
 # --- before anything is written
@@ -208,19 +224,12 @@ def _named(name: str, synthetic: bool) -> str:
     return f"synthetic-{name}" if synthetic and not name.startswith("synthetic") else name
 
 
-def _tool_version() -> str:
-    try:
-        return version("mmsa-dist")
-    except PackageNotFoundError:
-        return "checkout"
-
-
 def _explained(error: OSError, out: Path, packing: _Packing) -> Exception:
     """What an OSError means to the user."""
     if error.errno in _FULL:
         with suppress(OSError):
             free = shutil.disk_usage(out.parent).free
-            needed = packing.needed() or packing.bytes
+            needed = packing.division.bytes
             return TransientError(
                 f"no space left for {out}: about {needed / MEGABYTE:,.1f} MB are needed, {free / MEGABYTE:,.1f} MB are "
                 f"free in {out.parent} ({os.strerror(error.errno)} after {packing.samples:,} samples); what was "

@@ -1,14 +1,26 @@
-"""The pages show what was measured: figures come from result files, and from nowhere else."""
+"""The pages show what was measured, from result files and from nowhere else; and each part of a benchmark runs."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import webdataset
 
 from benchmarks import record as record_module
-from benchmarks import render
-from benchmarks.record import Row, portable, record
+from benchmarks import render, stall
+from benchmarks.data import memory, resume
+from benchmarks.data.foreign import installed
+from benchmarks.data.readers import READERS, collated, from_npy, from_safetensors
+from benchmarks.data.reading import Child
+from benchmarks.data.report import report
+from benchmarks.data.sets import FORMATS, Resident, written
+from benchmarks.record import Row, Table, portable, record
+from shards.index import Index
+from shards.read import ShardReader
 
 PAGE = "before\n<!-- real:begin -->\nold\n<!-- real:end -->\n<!-- figures:begin -->\n<!-- figures:end -->\nafter\n"
 
@@ -95,3 +107,120 @@ def test_commands_name_no_folder_of_this_machine() -> None:
         "benchmarks/peer.py",
         ".../file.pkl",
     ]
+
+
+def test_tables_stand_below_the_rows(results: Path) -> None:
+    record("data", [Row("a rate", 2.0)], tables=[Table("Side by side.", ["", "0"], [["ours", "9,000"]])])
+    text = render.sections(render.load())["all"]
+    assert "| a rate | 2.00 |  |  |\n\nSide by side.\n\n|  | 0 |\n|---|---|\n| ours | 9,000 |" in text
+
+
+# --- each part of `python -m benchmarks.data`, at tiny size
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same samples in every format that needs no foreign package."""
+    folder = tmp_path_factory.mktemp("formats")
+    source = Resident("mosei", SAMPLES)
+    for name, form in FORMATS.items():
+        if installed(form.needs):
+            assert written(source, name, folder, 2**20) == SAMPLES
+    return folder
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_contestant_reads_every_training_sample(name: str, formats: Path) -> None:
+    reader = READERS[name]
+    if not installed(reader.needs):
+        pytest.skip(f"{reader.needs} is not installed; see benchmarks/README.md")
+    for readers in (0, 2) if name == "ours" else (0,):
+        with reader.open(formats / reader.folder, readers) as epoch:
+            assert epoch() == Index.load(formats / "ours").splits["train"] == epoch()
+
+
+def test_rivals_batch_what_ours_does(formats: Path) -> None:
+    """The same sums from our loader, webdataset's samples and the pickle: all read the same values."""
+    index = Index.load(formats / "ours")
+    with ShardReader(index) as reader:
+        mine = [reader.sample(n) for n in index.numbers("train")]
+    label = sum(sample.labels["M"] for sample in mine)
+    for pattern, decode in (("ours/train-*.tar", from_safetensors), ("npy/train/*.tar", from_npy)):
+        urls = sorted(map(str, formats.glob(pattern)))
+        batch = collated([decode(sample) for sample in webdataset.WebDataset(urls, shardshuffle=False)])
+        assert float(batch["label"].sum()) == pytest.approx(label, abs=1e-4)
+        wanted = sum(float(sample.modalities["audio"].astype(np.float64).sum()) for sample in mine)
+        assert float(batch["audio"].double().sum()) == pytest.approx(wanted, rel=1e-6)
+        assert batch["audio"].dtype == torch.float32
+
+
+def test_a_contestant_answers_from_a_process_of_its_own(formats: Path, tmp_path: Path) -> None:
+    with Child(["read", "ours", str(formats), "1"], None, tmp_path) as child:
+        assert child.answer() == {"ready": "ours"}
+        for line in ("cold", "warm"):
+            assert child.answer(line).keys() == {"cpu", "wall", "disk"}
+    with (
+        Child(["read", "no such", str(formats), "0"], None, tmp_path) as child,
+        pytest.raises(SystemExit, match="KeyError: 'no such'"),
+    ):
+        child.answer()
+
+
+def test_memory_and_resume_run(tmp_path: Path) -> None:
+    folders = memory.sets(tmp_path, samples=700, narrow=64)
+    small, large = (memory.read(folders[name], batches=8) for name in (memory.SMALL, memory.LARGE))
+    assert small["samples"] == large["samples"] == 500  # never fewer than MOSI has, and never more than asked for
+    assert large["anonymous"] >= large["before"] > 0
+    found = resume.measure(folders[memory.LARGE], tmp_path, rounds=1)
+    assert all(found[who].keys() == resume.PLACES.keys() for who in ("ours", "webdataset"))
+    assert all(0 < seconds < 60 for places in found.values() for (seconds,) in places.values())
+
+
+def test_the_report_of_all_parts(formats: Path) -> None:
+    fast, slow = ([{"cpu": value, "wall": value / 2, "disk": 0}] for value in (100.0, 20.0))
+    results = {
+        "bytes_per_sample": 110_000,
+        "packing": {name: [] if form.needs else fast for name, form in FORMATS.items() if form.timed},
+        "checksums": fast[0],
+        "reading": {
+            name: {} if reader.needs else {"0": {"cold": slow, "warm": fast if name == "ours" else slow}}
+            for name, reader in READERS.items()
+        },
+        "memory": {
+            name: {"samples": n, "shards": 1, "stored": 2**30, "before": 2**27, "anonymous": 2**28}
+            for name, n in ((memory.SMALL, 10), (memory.LARGE, 100))
+        },
+        "resume": {
+            "ours": {"beginning": [0.2], "1 %": [0.3], "99 %": [0.5]},
+            "webdataset": {"beginning": [0.1], "1 %": [0.2], "99 %": [9.0]},
+        },
+    }
+    options = Namespace(rounds=1, sessions=1, readers=[0], samples=10)
+    rows, (table,) = report(options, results)
+    bounds = {row.what: (row.value, row.met) for row in rows if row.wanted}
+    assert bounds["reading, samples per CPU-second: ours / memory map + numpy"] == (5.0, True)
+    assert bounds["packing: ours / webdataset's naive writer, per CPU-second"] == (1.0, False)
+    assert bounds["that peak, 10 times the samples / once"] == (1.0, True)
+    assert bounds["first batch after a restart at 1 % of the epoch / that"] == (pytest.approx(1.5), True)
+    assert bounds["first batch after a restart at 99 % of the epoch / that"] == (2.5, False)
+    assert ["litdata", "not installed", "", ""] in table.rows
+    assert ["ours", "100", "50", "10"] in table.rows
+
+
+def test_stall_is_the_slowest_rank_of_the_counted_epochs() -> None:
+    first = {"waiting": [9.0, 0.1, 0.1], "loaded": [10.0, 10.0, 10.0], "resident": [1.0, 9.9, 9.9], "steps": [4.0]}
+    second = {**first, "waiting": [9.0, 0.3, 0.3]}
+    waiting, longer = stall.figures("self_mm", 2, [first, second])
+    assert (waiting.value, waiting.met) == (pytest.approx(3.0), False)
+    assert (longer.value, longer.met) == (pytest.approx(1.0), True)
+    assert "4 steps of 2,500 ms" in waiting.how
+
+
+@pytest.mark.slow
+def test_stall_trains(tmp_path: Path) -> None:
+    data = stall.pack(tmp_path / "data", samples=60)
+    for rank in stall.trained("self_mm", data, tmp_path, world=2, epochs=2):
+        assert len(rank["waiting"]) == len(rank["resident"]) == 2
+        assert all(0 <= waited < whole for waited, whole in zip(rank["waiting"], rank["loaded"], strict=True))

@@ -18,7 +18,7 @@ from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, TransientError
 from mmsa_dist.metrics import higher_is_better
 from mmsa_dist.recipe import Recipe, from_dict
-from shards.index import Index
+from shards.mix import AnyIndex
 from shards.progress import remarks
 from tune.outcome import TRIAL
 from tune.space import Space, with_values
@@ -123,7 +123,7 @@ class Drawing(OptunaSearch):
         run_folder.write_json(folder / TRIAL, record)
         return {"folder": str(folder)}
 
-    def _prepared(self, recipe: Recipe, index: Index, name: str) -> Path:
+    def _prepared(self, recipe: Recipe, index: AnyIndex, name: str) -> Path:
         try:
             return train.prepare(recipe, index, self.trials_dir, name)
         except TransientError as error:

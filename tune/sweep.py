@@ -15,7 +15,7 @@ from mmsa_dist import launch, run_folder, train
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, load_recipe
-from shards.index import Index
+from shards.mix import AnyIndex
 from shards.progress import console
 from shards.suggest import counted
 from tune.outcome import FAILED, INTERRUPTED, Outcome, read_outcomes, winner
@@ -164,7 +164,7 @@ def _given_keys(overrides: list[str]) -> set[str]:
     return {SHORT_FLAGS.get(flag, flag) for flag in flags}
 
 
-def _idle(key: str, recipe: Recipe, index: Index) -> str:
+def _idle(key: str, recipe: Recipe, index: AnyIndex) -> str:
     """Why `key` would change nothing in this run; '' where it would."""
     from mmsa_dist.session import data_spec
 
@@ -223,7 +223,8 @@ def _finish(best: Outcome, recipe: Recipe, folder: Path, trials: int) -> dict[st
         files = [folder / name for name in ("best.yaml", "trials.csv", "space.yaml")]
         record_sweep(folder, best, monitor, result, files)
     print(f"every trial is in {folder / 'trials.csv'}; train the best recipe again, with another seed:")
-    print(f"  mmsa-dist train {recipe.system} --data {recipe.data.path} --recipe {folder / 'best.yaml'} --seed 2")
+    data = " ".join(recipe.data.paths)
+    print(f"  mmsa-dist train {recipe.system} --data {data} --recipe {folder / 'best.yaml'} --seed 2")
     if recipe.tracking.enabled and (recipe.tracking.uri or "").startswith("sqlite"):
         print(f"compare the trials: mlflow ui --backend-store-uri {recipe.tracking.uri}")
     return result

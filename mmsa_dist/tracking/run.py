@@ -18,6 +18,7 @@ from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, flatten
 from mmsa_dist.tracking import store
 from mmsa_dist.tracking.tracker import SPILL, Link, epoch_numbers, log_rows, only_numbers, replay, short
+from shards.remote.url import is_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +72,7 @@ def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) ->
             tags["mlflow.parentRunId"] = tracking.parent
         run_id: str = client.create_run(experiment_id, run_name=run_dir.name, tags=tags).info.run_id
         _log_params(client, run_id, recipe)
-        _log_dataset(client, run_id, card, recipe.data.path)
+        _log_dataset(client, run_id, card, recipe.data.paths)
         _log_files(client, run_id, run_dir)
     Link(uri, run_id, name, experiment_id).save(run_dir)
     return run_id
@@ -176,14 +177,14 @@ def _log_params(client: "MlflowClient", run_id: str, recipe: Recipe) -> None:
         client.log_batch(run_id, params=params[begin : begin + PARAMS_PER_CALL])
 
 
-def _log_dataset(client: "MlflowClient", run_id: str, card: DataCard, path: str) -> None:
+def _log_dataset(client: "MlflowClient", run_id: str, card: DataCard, paths: tuple[str, ...]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     dataset = Dataset(
         name=card.name,
         digest=card.fingerprint[:36],  # MLflow's limit; the whole one is a tag
-        source_type="local",
-        source=json.dumps({"uri": path}),
+        source_type="remote" if any(map(is_url, paths)) else "local",
+        source=json.dumps({"uri": " ".join(paths)}),
         profile=json.dumps({"splits": card.splits, "widths": card.widths, "synthetic": card.synthetic}),
     )
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])

@@ -13,10 +13,13 @@ from shards.utterance import Utterance
 class Source(Protocol):
     """What packing must know of an input, and its samples.
 
+    Packing in parallel reads from copies: one in each forked process (a file that is open there shares its position
+    with all others: open it anew where `os.getpid` has changed), or a pickled one in each Ray worker. So `read` changes
+    nothing that counts: what it finds odd goes into the sample's `remarks`.
+
     Attributes:
         name: default name of the data set.
         where: the input as messages name it.
-        provenance: what the index keeps of the origin: at least "format", "file" and "sha256".
         synthetic: the data is generated.
         label_range: lowest and highest possible label.
         tasks: labels that the source has, ``M`` first.
@@ -28,7 +31,6 @@ class Source(Protocol):
 
     name: str
     where: str
-    provenance: dict[str, Any]
     synthetic: bool
     label_range: tuple[float, float]
     tasks: tuple[str, ...]
@@ -37,6 +39,11 @@ class Source(Protocol):
     has_raw_text: bool
     has_tokens: bool
     counts: dict[str, int]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the index keeps of the origin: at least "format", "file" and "sha256"."""
+        ...
 
     def keys(self, split: str) -> Iterable[str]:
         """The samples' ids, in the source's order."""
@@ -51,5 +58,5 @@ class Source(Protocol):
         ...
 
     def notes(self) -> list[str]:
-        """What was odd but not wrong, for the report after packing; complete once every sample was read."""
+        """What is odd about the whole but not wrong, in sentences for the report after packing."""
         ...

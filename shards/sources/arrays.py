@@ -13,15 +13,20 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shards.errors import ConfigError, DataError
+from shards.files import sha256_of
 from shards.sources.columns import Columns
 from shards.sources.lengths import whole
 from shards.sources.pickles import describe
 from shards.suggest import nearest
 from shards.utterance import MODALITIES
+
+DAMAGE = (OSError, ValueError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for a file that is no array, or has pickled objects."""
 
 
 class Arrays:
@@ -49,11 +54,14 @@ class Arrays:
                 self._sequences = {m: self._sequence(archive, m, wanted[m], len(ids)) for m in MODALITIES if wanted[m]}
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; expected an .npz of features") from error
-        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise DataError(f"{path}: cannot be read as an .npz without pickled objects: {error}") from error
         self.widths = {m: int(values.shape[-1]) for m, (values, _, _) in self._sequences.items()}
+        self.provenance: dict[str, Any] = {"features_file": path.name, "features_sha256": sha256_of(path)}
+        self._used = len(self._rows)
 
     def check_all_there(self, ids: list[str], table: Path) -> None:
+        """Raises DataError for an id of the table that the npz lacks."""
         missing = [key for key in ids if key not in self._rows]
         if missing:
             raise DataError(
@@ -61,6 +69,7 @@ class Arrays:
                 f"missing, its own look like {next(iter(self._rows), '')!r}); see --id, or add rows of NaN, which are "
                 "taken as absent"
             )
+        self._used = len(ids)
 
     def read(self, key: str) -> dict[str, np.ndarray]:
         """modality -> (T, D) float32 of the utterance, without padding."""
@@ -78,8 +87,8 @@ class Arrays:
                 found[name] = np.asarray(array, dtype=np.float32)
         return found
 
-    def unused(self, rows: int) -> list[str]:
-        left = len(self._rows) - rows
+    def notes(self) -> list[str]:
+        left = len(self._rows) - self._used
         return (
             [f"{left:,} of the {len(self._rows):,} ids of {self._path.name} are not in the table; left out"]
             if left

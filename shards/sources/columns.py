@@ -1,8 +1,8 @@
-"""Which column of a csv and which array of an npz is what."""
+"""Which column of a csv is what, and which array or file has the features."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import tyro
 import yaml
@@ -12,11 +12,12 @@ from shards.errors import ConfigError
 from shards.suggest import nearest
 
 _Column = Annotated[str | None, tyro.conf.arg(metavar="COLUMN")]
+_Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _Array = Annotated[str | None, tyro.conf.arg(metavar="ARRAY")]
 
 
-class Columns(BaseModel):
-    """Which column of the csv, and which array of the npz, is what. Unset ones take the usual names."""
+class CsvColumns(BaseModel):
+    """Which column of the csv is what. Unset ones take the usual names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -36,17 +37,9 @@ class Columns(BaseModel):
     """Column of the transcript. Default: text where there is one; none leaves it out."""
     video: _Column = None
     """Column of the video, for --hold-out-valid. Default: the first id column."""
-    text_features: _Array = None
-    """Array of text features, NAME or NAME:LENGTHS (see above). Default: none."""
-    audio: _Array = None
-    """Array of audio features, NAME or NAME:LENGTHS. Default: none."""
-    vision: _Array = None
-    """Array of vision features, NAME or NAME:LENGTHS. Default: none."""
-    id_array: _Array = None
-    """Array that holds the ids. Default: id."""
 
     @classmethod
-    def from_yaml(cls, path: Path, overrides: Mapping[str, Any]) -> "Columns":
+    def from_yaml(cls, path: Path, overrides: Mapping[str, Any]) -> Self:
         """Reads the YAML file; `overrides` win.
 
         Raises:
@@ -68,3 +61,30 @@ class Columns(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"--columns {path}: {first['loc'][0]}: {first['msg']}") from error
+
+
+class Columns(CsvColumns):
+    """Which array of the npz is what, besides."""
+
+    text_features: _Array = None
+    """Array of text features, NAME or NAME:LENGTHS (see above). Default: none."""
+    audio: _Array = None
+    """Array of audio features, NAME or NAME:LENGTHS. Default: none."""
+    vision: _Array = None
+    """Array of vision features, NAME or NAME:LENGTHS. Default: none."""
+    id_array: _Array = None
+    """Array that holds the ids. Default: id."""
+
+
+class FileColumns(CsvColumns):
+    """Where the features of a row are, besides."""
+
+    files: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = "{modality}/{video_id}/{clip_id}.npy"
+    """Path of an utterance's file in the folder; {column} stands for what the row has there. With {modality} (text,
+    audio, vision) a .npy for each; without it, e.g. {video_id}_{clip_id}.npz, one .npz with arrays of these names."""
+    text_features: _Name = "text"
+    """What text features are called in the paths or the .npz; none leaves them out."""
+    audio: _Name = "audio"
+    """What audio features are called; none leaves them out."""
+    vision: _Name = "vision"
+    """What vision features are called; none leaves them out."""

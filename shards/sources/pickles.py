@@ -3,9 +3,14 @@
 A pickle is a program: unpickling calls whatever it names. Here it meets replacements of the few callables that rebuild
 a numpy array, and nothing else. They are replacements, because numpy's own can be fed a state (flags of a dtype, raw
 bytes as object pointers) that corrupts memory.
+
+The file is mapped, and the numbers of an array stay in it: they are read when they are used, by the system, which may
+forget them again. So a file of 12 GB takes no memory of the process, and opens in a moment.
 """
 
 import math
+import mmap
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -34,36 +39,53 @@ class _DType:
             self.real = self.real.newbyteorder(state[1])
 
 
-class _Array(np.ndarray):
-    """An array whose pickled state is checked before numpy sees it, and which takes one only once.
+class _Unfilled:
+    """An array that the pickle has announced, but whose state has not come yet: what it then became is `array`."""
 
-    numpy does not compare the list of an array of objects with its shape, and frees the old memory at a second state.
+    array: np.ndarray | None = None
+
+
+class _Memo(dict[int, Any]):
+    """What the pickle refers back to: for an array, not the object that stood in for it."""
+
+    def __getitem__(self, key: int) -> Any:
+        value = super().__getitem__(key)
+        return value if not isinstance(value, _Unfilled) or value.array is None else value.array
+
+
+def _filled(state: tuple[Any, ...]) -> np.ndarray:
+    """The array of a state, which is checked before numpy sees it; where it can be, a view of the state's bytes.
+
+    numpy does not compare the list of an array of objects with its shape.
     """
-
-    _filled = False
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _version, shape, dtype, fortran, data = state
-        if self._filled or not isinstance(dtype, _DType) or not _is_shape(shape):
-            raise pickle.UnpicklingError("the state of an array is malformed")
-        wanted = list if dtype.real.hasobject else (bytes, bytearray)
-        if not isinstance(data, wanted) or (isinstance(data, list) and len(data) != math.prod(shape)):
-            raise pickle.UnpicklingError("the state of an array is not what its shape and type announce")
-        self._filled = True
-        super().__setstate__((1, shape, dtype.real, bool(fortran), data))  # type: ignore[arg-type]
+    _version, shape, dtype, fortran, data = state
+    if not isinstance(dtype, _DType) or not _is_shape(shape):
+        raise pickle.UnpicklingError("the state of an array is malformed")
+    if isinstance(data, str):
+        data = data.encode("latin1")  # Python 2's bytes
+    count = math.prod(shape)
+    if dtype.real.hasobject:
+        if not isinstance(data, list) or len(data) != count:
+            raise pickle.UnpicklingError("the objects of an array are not what its shape announces")
+        array = np.ndarray((0,), np.int8)
+        array.__setstate__((1, shape, dtype.real, bool(fortran), data))  # type: ignore[arg-type]
+        return array
+    if not isinstance(data, _BYTES) or memoryview(data).nbytes != count * dtype.real.itemsize:
+        raise pickle.UnpicklingError("the bytes of an array are not what its shape and type announce")
+    return np.ndarray(shape, dtype.real, data, order="F" if fortran else "C")
 
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, tuple) and all(type(steps) is int and steps >= 0 for steps in value)
 
 
-def _reconstruct(_kind: object, _shape: object, _code: object) -> _Array:
-    return _Array((0,), np.int8)
+def _reconstruct(_kind: object, _shape: object, _code: object) -> _Unfilled:
+    return _Unfilled()
 
 
 def _flat(data: bytes, dtype: _DType) -> np.ndarray:
-    """A view of bytes. Of an array it could outlive the memory, which numpy frees when the array gets its state."""
-    if not isinstance(data, bytes | bytearray):
+    """A view of bytes."""
+    if not isinstance(data, _BYTES):
         raise pickle.UnpicklingError("the bytes of an array are malformed")
     return np.frombuffer(data, dtype.real)
 
@@ -86,6 +108,8 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): None,  # named, never called: `_reconstruct` gets it as an argument
     ("numpy", "dtype"): _DType,
@@ -103,8 +127,17 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     _KNOWN[f"{_core}.numeric", "_frombuffer"] = _frombuffer
 
 
+_LARGE = 4096
+"""Bytes from which on they stay in the file: a page of memory."""
+
+
 class _Unpickler(pickle._Unpickler):
     """The unpickler written in Python: in C's a few bytes can ask for a memo of 64 GB, and get it."""
+
+    def __init__(self, file: mmap.mmap) -> None:
+        super().__init__(file, encoding="latin1")
+        self.memo = _Memo()
+        self._file, self._view = file, memoryview(file)
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -117,11 +150,59 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         """Gives an object its state; only the two kinds that have one here."""
-        if not isinstance(self.stack[-2], _DType | _Array):  # type: ignore[attr-defined]
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        built = self.stack[-1]  # type: ignore[attr-defined]
+        if isinstance(built, _Unfilled):
+            built.array = self.stack[-1] = _filled(state)  # type: ignore[attr-defined]
+        elif isinstance(built, _DType):
+            built.__setstate__(state)
+        else:
             raise pickle.UnpicklingError("a state for what has none")
-        super().load_build()  # type: ignore[misc]
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    def load_buffer(self) -> None:
+        raise _RefusedError("an object outside the file")
+
+    def load_frame(self) -> None:
+        """Frames say how far to read ahead, which a mapped file need not; older Pythons put whole arrays in one."""
+        self._number("<Q")
+
+    def load_long_bytes(self) -> None:
+        self._load_bytes(self._number("<Q"))
+
+    def load_bytes(self) -> None:
+        self._load_bytes(self._number("<I"))
+
+    def load_string(self) -> None:
+        """Bytes or a string of Python 2: a long one is an array's."""
+        size = self._number("<i")
+        self._load_bytes(size)
+        if 0 <= size < _LARGE:
+            self.append(self.stack.pop().decode("latin1"))  # type: ignore[attr-defined]
+
+    def _load_bytes(self, size: int) -> None:
+        start = self._file.tell()
+        if not 0 <= size <= len(self._file) - start:
+            raise EOFError
+        if size < _LARGE:
+            self.append(self._file.read(size))  # type: ignore[attr-defined]
+        else:
+            self._file.seek(size, os.SEEK_CUR)
+            self.append(self._view[start : start + size])  # type: ignore[attr-defined]
+
+    def _number(self, code: str) -> int:
+        return int(struct.unpack(code, self._file.read(struct.calcsize(code)))[0])
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.NEXT_BUFFER[0]: load_buffer,
+        pickle.READONLY_BUFFER[0]: load_buffer,
+        pickle.FRAME[0]: load_frame,
+        pickle.BINBYTES[0]: load_bytes,
+        pickle.BINBYTES8[0]: load_long_bytes,
+        pickle.BYTEARRAY8[0]: load_long_bytes,
+        pickle.BINSTRING[0]: load_string,
+    }
 
 
 _MAGIC = {
@@ -144,6 +225,10 @@ _DAMAGE = (
 def load(path: Path) -> Any:
     """Unpickles arrays, numbers, strings and builtin containers.
 
+    Returns:
+        What was pickled. Arrays are read-only views of the mapped file, perhaps not aligned in memory: copy what is
+        worked on. So the file must stay as it is while they are in use. Long bytes are memoryviews.
+
     Raises:
         DataError: no such file, not a pickle, damaged, or it names anything else (which is never called).
     """
@@ -152,8 +237,7 @@ def load(path: Path) -> Any:
             start = file.read(max(map(len, _MAGIC)))
             if kind := next((text for magic, text in _MAGIC.items() if start.startswith(magic)), None):
                 raise DataError(f"{path}: is {kind}; expected a feature pickle")
-            file.seek(0)
-            return _Unpickler(file, encoding="latin1").load()
+            return _Unpickler(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).load()
     except _RefusedError as error:
         raise DataError(
             f"{path}: the pickle refers to {error}, which is not data; refused, and nothing of it was run. "

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from shards.errors import ConfigError, DataError
-from shards.sources.columns import Columns
+from shards.sources.columns import CsvColumns
 from shards.suggest import nearest
 from shards.utterance import SPLITS, TASKS
 
@@ -45,16 +45,19 @@ class Rows:
 
     def ids(self, wanted: tuple[str, ...]) -> list[str]:
         if len(wanted) == 1 and "{" in wanted[0]:
-            names = re.findall(r"\{([^{}]*)\}", wanted[0])
-            values = {name: self._column(name, "--id") for name in names}
-            return [
-                re.sub(r"\{([^{}]*)\}", lambda m, row=row: values[m[1]][row], wanted[0])  # type: ignore[misc]
-                for row in range(len(self._rows))
-            ]
+            return self.filled(wanted[0], "--id")
         columns = [self._column(name, "--id") for name in wanted or self._usual(("video_id", "clip_id"), ("id",))]
         return ["_".join(parts) for parts in zip(*columns, strict=True)]
 
-    def videos(self, columns: Columns) -> list[str]:
+    def filled(self, pattern: str, option: str) -> list[str]:
+        """The pattern with each row's values: ``{video_id}[{clip_id}]`` becomes ``a[3]``."""
+        values = {name: self._column(name, option) for name in re.findall(r"\{([^{}]*)\}", pattern)}
+        return [
+            re.sub(r"\{([^{}]*)\}", lambda m, row=row: values[m[1]][row], pattern)  # type: ignore[misc]
+            for row in range(len(self._rows))
+        ]
+
+    def videos(self, columns: CsvColumns) -> list[str]:
         first = columns.video or next((name for name in columns.id if "{" not in name), "video_id")
         return self._column(first, "--video")
 
@@ -71,7 +74,7 @@ class Rows:
             return None
         return self._column(wanted or "text", "--text")
 
-    def labels(self, columns: Columns) -> dict[str, list[float]]:
+    def labels(self, columns: CsvColumns) -> dict[str, list[float]]:
         unimodal = {"T": columns.label_text, "A": columns.label_audio, "V": columns.label_vision}
         names = {"M": columns.label or "label"} | {task: name or f"label_{task}" for task, name in unimodal.items()}
         asked = {"M"} | {task for task, name in unimodal.items() if name}

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.systems.base import Prediction
 from shards.batch import Batch
+from shards.order import ShardOrder, packed_counts
 from shards.plan import Piece, Plan, share
 
 MODALITIES = {"T": "text", "A": "audio", "V": "vision"}
@@ -107,7 +108,8 @@ class Run:
         return np.maximum(noise + 0.3 * self.truth[:, None], 0).astype(np.float32)  # what a ReLU gives
 
     def plan(self, epoch: int) -> Plan:
-        return Plan("made-up", "train", self.first, (self.samples,), self.seed, epoch, self.global_batch, 1)
+        counts = packed_counts([self.samples])
+        return Plan(ShardOrder("made-up", "train", self.first, counts, self.seed, epoch, 1), self.global_batch)
 
     def step(self, epoch: int, piece: Piece) -> tuple[Batch, Prediction]:
         """What a rank sees of a micro-batch. An absent modality's features are garbage that must not matter."""

@@ -1,4 +1,4 @@
-"""Feature pickles in the schema of the MMSA toolkit, small enough for tests."""
+"""Feature pickles in the schemas of the MMSA toolkit and of MulT, small enough for tests."""
 
 import pickle
 from pathlib import Path
@@ -51,3 +51,27 @@ def written(folder: Path, data: Any, protocol: int = 4) -> Path:
     path = folder / "features.pkl"
     path.write_bytes(pickle.dumps(data, protocol=protocol))
     return path
+
+
+def mult_split(
+    name: str, samples: int, seed: int = 0, aligned: bool = False, emotions: bool = False
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """One split as MulT has it, padded in front, and the samples without padding."""
+    rng = np.random.default_rng([seed, samples])
+    steps = dict.fromkeys(STEPS, STEPS["text"]) if aligned else STEPS
+    real: dict[str, list[np.ndarray]] = {}
+    content: dict[str, Any] = {}
+    words = rng.integers(1, steps["text"] + 1, samples)
+    for modality, width in WIDTHS.items():
+        lengths = words if aligned or modality == "text" else rng.integers(1, steps[modality] + 1, samples)
+        real[modality] = [rng.standard_normal((length, width)).astype(np.float32) for length in lengths]
+        content[modality] = np.zeros((samples, steps[modality], width), np.float32)
+        for row, values in zip(content[modality], real[modality], strict=True):
+            row[len(row) - len(values) :] = values
+    if emotions:
+        has = rng.integers(0, 2, (samples, 4))
+        content["labels"] = np.stack([1 - has, has], axis=-1).astype(np.int64)
+    else:
+        content["labels"] = np.round(rng.uniform(-3, 3, (samples, 1, 1)), 1)
+        content["id"] = np.array([[f"{name}_{n}", f"{n}.5", f"{n + 1}.25"] for n in range(samples)], dtype="S")
+    return content, real

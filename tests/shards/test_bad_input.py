@@ -259,11 +259,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("shard_megabytes", ["0.5", "64"])  # full between shards, or while one is written
-def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str], shard_megabytes: str) -> None:
+@pytest.mark.parametrize(
+    ("shard_megabytes", "workers"), [("0.5", "1"), ("64", "1"), ("0.5", "2")]
+)  # full between shards, or while one is written
+def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str], shard_megabytes: str, workers: str) -> None:
     out = small_disk / "set"
     argv = ["pack", "generated", "--samples", "200", "--out", str(out), "--shard-size", shard_megabytes]
-    said = refused(capsys, 75, *argv)
+    said = refused(capsys, 75, *argv, "--workers", workers)
     assert f"no space left for {out}: about " in said
     needed = float(said.split("about ")[1].split(" MB")[0])
     assert 8 < needed < 16  # 200 samples of about 60 kB

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mmsa_dist.__main__ import main
 from shards.errors import DataError
 from shards.files import sha256_of
-from shards.index import SCHEMA, Index, Modality, Shard, table_schema
+from shards.index import SCHEMA, Index, Modality, Shard
+from shards.tables import table_schema
 from shards.utterance import SPLITS
 from tests.shards.made import overwrite, packed, utterances
 

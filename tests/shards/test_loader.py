@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.batch import Batch, BatchSpec
+from shards.costs import CostRule
 from shards.errors import DataError
 from shards.index import Index
 from shards.loader import Loader
+from shards.mix import AnyIndex, Mix, open_reader
 from shards.plan import evaluation_plan, training_plan
 from shards.read import ShardReader
 from shards.utterance import Utterance
 from tests.shards.made import overwrite, packed, utterances
 
 COUNTS = {"train": 61, "valid": 13, "test": 4}
+LENGTHS = CostRule((("length_text", 6), ("length_audio", 5)))
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return packed(tmp_path_factory.mktemp("data") / "made", utterances(COUNTS, absent=0.2))
 
 
-def make_loader(index: Index, readers: int, spec: BatchSpec | None = None) -> Loader:
-    return Loader(ShardReader(index), spec or BatchSpec.of(index), readers)
+@pytest.fixture(scope="module")
+def mix(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Mix:
+    other = packed(tmp_path_factory.mktemp("data") / "other", utterances({"train": 17}, seed=1), name="other")
+    return Mix([index, other])
+
+
+def make_loader(index: AnyIndex, readers: int, spec: BatchSpec | None = None) -> Loader:
+    return Loader(open_reader(index), spec or BatchSpec.of(index), readers)
 
 
 def reader_threads() -> list[threading.Thread]:
@@ -48,8 +58,10 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(
+    mixed=st.booleans(),
+    pool=st.integers(0, 3),
     seed=st.integers(0, 99),
-    epoch=st.integers(0, 9),
+    epoch=st.integers(1, 9),
     batch=st.integers(1, 40),
     window=st.integers(1, 8),
     world=st.integers(1, 8),
@@ -59,6 +71,9 @@ def assert_equal(one: Batch, other: Batch) -> None:
 )
 def test_law_2_through_real_shards(
     index: Index,
+    mix: Mix,
+    mixed: bool,
+    pool: int,
     seed: int,
     epoch: int,
     batch: int,
@@ -68,14 +83,18 @@ def test_law_2_through_real_shards(
     readers: int,
     data: st.DataObject,
 ) -> None:
-    """Every key of the split once an epoch, over all ranks, with a restart in the middle at another number of ranks."""
-    plan = training_plan(index, "train", seed, epoch, batch, window)
+    """Every key of the split once an epoch, over all ranks, with a restart in the middle at another number of ranks.
+
+    Of one data set or of two, sorted by length or not: each sample's length is looked up in its shard's table.
+    """
+    held: AnyIndex = mix if mixed else index
+    plan = training_plan(held, "train", seed, epoch, batch, window, pool, LENGTHS if pool else None)
     stop = data.draw(st.integers(0, plan.num_steps - 1), label="stop")
     after = data.draw(st.integers(1, 8), label="ranks after the restart")
 
     def steps(ranks: int, start: int) -> list[list[list[Batch]]]:
         """Per step, per rank, its micro-batches."""
-        with make_loader(index, readers) as loader:
+        with make_loader(held, readers) as loader:
             return list(
                 zip(*(list(loader.train(plan, rank, ranks, accumulation, start)) for rank in range(ranks)), strict=True)
             )
@@ -89,8 +108,16 @@ def test_law_2_through_real_shards(
         real = [(key, int(n)) for b in batches for key, n, w in zip(b.keys, b.numbers, b.weight, strict=True) if w]
         assert [number for _, number in real] == plan.step(s).tolist()
         assert sum(float(b.weight.sum()) for b in batches) == pytest.approx(batches[0].norm * len(batches))
+        if pool and len(real) == batch:
+            costs = [6 * int(t) + 5 * int(a) * bool(p) for b in batches for t, a, p, w in rows(b) if w]
+            assert costs == sorted(costs)
         seen += [key for key, _ in real]
-    assert sorted(seen) == sorted(u.key for u in utterances(COUNTS, absent=0.2) if u.split == "train")
+    assert sorted(seen) == sorted(key for n in held.shards_of("train") for key in held.table(n)["key"].to_pylist())
+
+
+def rows(batch: Batch) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Text length, audio length, whether it has audio, weight of each sample."""
+    return zip(batch.lengths["text"], batch.lengths["audio"], batch.present["audio"], batch.weight, strict=True)
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 4])

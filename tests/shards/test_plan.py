@@ -1,7 +1,8 @@
 """Law 2 (exactly once) and what the plan promises beside it, over random data sets and numbers of ranks."""
 
 import pickle
-from pathlib import Path
+from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -9,69 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.costs import CostRule
 from shards.errors import DataError
-from shards.index import Index, Shard
+from shards.index import Index
+from shards.order import ShardOrder, packed_counts
 from shards.plan import EvaluationPlan, Plan, evaluation_plan, share, training_plan
-from shards.utterance import SPLITS
-
-
-def make_index(counts: dict[str, list[int]]) -> Index:
-    """An index of shards with so many samples; a plan needs no files."""
-    shards = [
-        Shard(
-            url=f"{split}-{i}.tar",
-            bytes=0,
-            sha256=f"{i:064x}",
-            samples=count,
-            split=split,
-            table=f"{split}-{i}.arrow",
-            table_bytes=0,
-            table_sha256="0" * 64,
-        )
-        for split in SPLITS
-        for i, count in enumerate(counts.get(split, []))
-    ]
-    return Index(
-        name="made",
-        synthetic=True,
-        dtype="float16",
-        modalities={},
-        tasks=("M",),
-        label_range=(-3, 3),
-        has_raw_text=True,
-        has_tokens=False,
-        splits={split: sum(counts.get(split, [])) for split in SPLITS},
-        shards=tuple(shards),
-        statistics={},
-        non_finite={},
-        source={},
-        tool_version="0",
-        seed=0,
-        folder=Path(),
-    )
-
-
-shard_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=30)
-indexes = st.builds(lambda train, valid: make_index({"train": train, "valid": valid}), shard_sizes, shard_sizes)
-seeds = st.integers(0, 2**64)
-worlds = st.integers(1, 8)
-accumulations = st.integers(1, 4)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    return training_plan(
-        draw(indexes),
-        draw(st.sampled_from(["train", "valid"])),
-        seed=draw(seeds),
-        epoch=draw(st.integers(0, 100)),
-        global_batch=draw(st.integers(1, 70)),
-        window=draw(st.integers(1, 10)),
-    )
-
-
-def epoch_of(plan: Plan) -> list[int]:
-    return [int(number) for s in range(plan.num_steps) for number in plan.step(s)]
+from tests.shards.plans import (
+    RULE,
+    accumulations,
+    copied,
+    cost,
+    epoch_of,
+    indexes,
+    make_index,
+    plans,
+    real,
+    seeds,
+    worlds,
+)
 
 
 @given(indexes, st.sampled_from(["train", "valid"]), seeds, st.integers(0, 9), st.integers(1, 70), st.integers(1, 10))
@@ -104,6 +60,20 @@ def test_ranks_share_each_global_batch(plan: Plan, world: int, accumulation: int
         assert {piece.norm for piece in pieces} == {int(weight.sum()) / (world * accumulation)}
 
 
+@given(plans(), st.data())
+def test_ranks_may_change_at_any_step(plan: Plan, data: st.DataObject) -> None:
+    """Killed or stopped between any two steps, any number of times, and gone on with at another number of ranks."""
+    stops = data.draw(st.dictionaries(st.integers(0, plan.num_steps - 1), worlds, max_size=6), label="step: ranks")
+    world, seen = 1, []
+    for s in range(plan.num_steps):
+        if s in stops:
+            world, plan = stops[s], copied(plan)
+        numbers = [n for rank in range(world) for piece in share(plan.step(s), rank, world) for n in real(piece)]
+        assert numbers == plan.step(s).tolist()
+        seen += numbers
+    assert seen == epoch_of(plan)
+
+
 @given(plans(), worlds, accumulations, worlds, accumulations)
 def test_a_mean_over_samples_does_not_depend_on_ranks(plan: Plan, w1: int, a1: int, w2: int, a2: int) -> None:
     numbers = plan.step(plan.num_steps - 1)
@@ -120,7 +90,7 @@ def test_a_mean_over_samples_does_not_depend_on_ranks(plan: Plan, w1: int, a1: i
 def test_resuming_at_any_step_gives_the_tail(plan: Plan, data: st.DataObject) -> None:
     whole = epoch_of(plan)
     start = data.draw(st.integers(0, plan.num_steps - 1))
-    resumed = pickle.loads(pickle.dumps(plan))
+    resumed = copied(plan)
     tail = [int(number) for s in range(start, plan.num_steps) for number in resumed.step(s)]
     assert tail == whole[start * plan.global_batch :]
 
@@ -130,7 +100,7 @@ def test_a_step_is_the_same_whatever_was_asked_before(plan: Plan, random: Random
     steps = list(range(plan.num_steps)) * 2
     random.shuffle(steps)
     asked = {s: plan.step(s).tolist() for s in steps}
-    fresh = Plan(**{name: getattr(plan, name) for name in plan.__dataclass_fields__})
+    fresh = copied(plan)
     assert asked == {s: fresh.step(s).tolist() for s in asked}
 
 
@@ -142,15 +112,51 @@ def test_equal_and_hashable_by_what_it_depends_on(plan: Plan) -> None:
     assert len(pickle.dumps(plan)) == len(pickle.dumps(copy))  # what was computed does not travel
 
 
-@given(plans())
+@given(plans(mix=False, pool=0))
 def test_a_block_needs_at_most_window_shards(plan: Plan) -> None:
-    begins = plan.first + np.cumsum([0, *plan.counts[:-1]])
+    order = plan.order
+    assert isinstance(order, ShardOrder)
+    begins = order.first + np.cumsum([0, *np.frombuffer(order.counts, "<i4")[:-1]])
     shards = [int(np.searchsorted(begins, number, side="right")) - 1 for number in epoch_of(plan)]
     last_use = {shard: position for position, shard in enumerate(shards)}
     first_use = {shard: position for position, shard in reversed(list(enumerate(shards)))}
     for position in range(len(shards)):
         in_use = sum(first_use[shard] <= position <= last_use[shard] for shard in last_use)
-        assert in_use <= plan.window
+        assert in_use <= order.window
+
+
+@given(plans(mix=False), st.integers(1, 4))
+def test_pools_hold_what_the_order_holds_and_batches_are_alike(plan: Plan, pool: int) -> None:
+    """Sorting by length moves a sample within its pool and no further, and cuts the pool at lengths."""
+    plain = replace(plan, pool=0, rule=None, costs=None)
+    plan = replace(plan, pool=pool, rule=RULE, costs=cost)
+    for begin in range(0, plan.num_steps, pool):
+        steps = range(begin, min(begin + pool, plan.num_steps))
+        batches = [plan.step(s) for s in steps]
+        assert sorted(np.concatenate(batches)) == sorted(np.concatenate([plain.step(s) for s in steps]))
+        whole = [cost(batch) for batch in batches if len(batch) == plan.global_batch]
+        assert all((np.diff(costs) >= 0).all() for costs in whole)
+        ordered = sorted(whole, key=lambda costs: (costs[0], costs[-1]))
+        assert all(one[-1] <= other[0] for one, other in pairwise(ordered))
+    last = plan.num_steps - 1
+    if len(plan.step(last)) < plan.global_batch:  # what does not fill a batch is a random rest, not the longest
+        assert plan.step(last).tolist() == plain.step(last).tolist()
+
+
+def test_batches_of_a_pool_come_in_any_order() -> None:
+    """Not from short to long: else every pool would begin and end alike."""
+    plan = training_plan(make_index({"train": [100] * 10}), "train", 0, 1, 10, pool=5, rule=RULE)
+    plan = replace(plan, costs=cost)
+    places = [int(np.argsort([cost(plan.step(5 * pool + i)).sum() for i in range(5)])[0]) for pool in range(20)]
+    assert set(places) == set(range(5))
+
+
+def test_a_copied_plan_says_that_it_needs_its_tables() -> None:
+    plan = training_plan(make_index({"train": [9]}), "train", 0, 1, 4, pool=2, rule=RULE)
+    assert plan.describe()["order"] == "blocks-1+lengths-1" and plan.describe()["length"] == {"length_text": 1}
+    with pytest.raises(AssertionError, match=r"plan\.on\(index\)"):
+        pickle.loads(pickle.dumps(plan)).step(0)
+    assert plan != replace(plan, pool=3) != replace(plan, rule=CostRule((("n_tokens", 1),)))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -170,7 +176,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 def test_samples_of_a_block_are_mixed_through_and_through() -> None:
     plan = training_plan(make_index({"train": [100] * 8}), "train", seed=3, epoch=0, global_batch=80, window=8)
-    assert plan.num_blocks == 1
+    assert plan.describe()["blocks"] == 1
     for s in range(plan.num_steps):  # each step draws from all eight shards: 10 expected, hypergeometric sd 2.8
         per_shard = np.bincount(plan.step(s) // 100, minlength=8)
         assert per_shard.min() >= 1 and per_shard.max() <= 24
@@ -184,13 +190,14 @@ def test_the_order_is_the_one_that_earlier_runs_had() -> None:
 
 def test_one_step_of_a_hundred_million_samples() -> None:
     """Law 7: a step costs what its batch and a block cost, at the end of the epoch as at its beginning."""
-    index = make_index({"train": [400]})
-    plan = Plan(index.fingerprint, "train", 0, (400,) * 250_000, seed=1, epoch=0, global_batch=512, window=8)
+    order = ShardOrder("", "train", 0, packed_counts([400] * 250_000), seed=1, epoch=0, window=8)
+    plan = Plan(order, global_batch=512)
     assert plan.num_samples == 100_000_000
     last = plan.step(plan.num_steps - 1)
     assert len(last) == 100_000_000 % 512
     assert len(np.unique(np.concatenate([plan.step(0), plan.step(97_000), last]))) == 1024 + len(last)
-    assert plan._block.cache_info().currsize <= 2  # type: ignore[attr-defined]
+    assert order._block.cache_info().currsize <= 2  # type: ignore[attr-defined]
+    assert len(pickle.dumps(plan)) < 4.1 * 250_000
 
 
 def test_describe_is_enough_to_make_the_plan_again() -> None:

@@ -107,6 +107,10 @@ VARIANTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "float text_bert": lambda raw: {**raw, "text_bert": raw["text_bert"].astype(np.float32)},
     "length arrays": lambda raw: {**raw, "audio_lengths": np.array(raw["audio_lengths"])},
     "id array": lambda raw: {**raw, "id": np.array(raw["id"])},
+    "ids as bytes": lambda raw: {**raw, "id": np.array(raw["id"], dtype="S")},
+    "ids in two parts": lambda raw: {**raw, "id": np.array([key.split("$_$") for key in raw["id"]])},
+    "text lengths": lambda raw: {**raw, "text_lengths": raw["text_bert"][:, 1].sum(-1)},
+    "float64 object arrays": lambda raw: as_objects({**raw, **{m: raw[m].astype(np.float64) for m in WIDTHS}}),
     "byte strings": lambda raw: {**raw, "id": [key.encode() for key in raw["id"]]},
     "column labels": lambda raw: {**raw, "regression_labels": raw["regression_labels"].astype(np.float64)[:, None]},
     "numpy scalars": lambda raw: {**raw, "regression_labels": list(raw["regression_labels"])},
@@ -125,33 +129,6 @@ def test_every_container_gives_the_same_samples(tmp_path: Path, variant: str) ->
             np.testing.assert_array_equal(one.tokens, other.tokens)
             for name, values in one.modalities.items():
                 np.testing.assert_array_equal(values, other.modalities[name])
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("numpy_modules", [b"numpy._core", b"numpy.core"])
-def test_pickles_of_every_protocol_and_numpy(tmp_path: Path, protocol: int, numpy_modules: bytes) -> None:
-    data = content()
-    path = written(tmp_path, data, protocol=protocol)
-    plain = path.read_bytes()
-    if protocol < 4:  # names are not length-prefixed, so they can be replaced
-        assert b"numpy._core" in plain
-        path.write_bytes(plain.replace(b"numpy._core", numpy_modules))
-    elif numpy_modules == b"numpy.core":
-        length, other = len(b"numpy._core.multiarray"), len(b"numpy.core.multiarray")
-        named = bytes([0x8C, length]) + b"numpy._core.multiarray"
-        path.write_bytes(unframed(plain).replace(named, bytes([0x8C, other]) + b"numpy.core.multiarray"))
-    assert [u.key for u in read(path)["test"]] == data["test"]["id"]
-
-
-def unframed(data: bytes) -> bytes:
-    """A protocol 4 or 5 pickle without frames, whose lengths a changed name would make wrong."""
-    import pickletools
-
-    out, positions = bytearray(), [(op.name, pos) for op, _, pos in pickletools.genops(data)]
-    for (name, start), (_, end) in zip(positions, [*positions[1:], ("", len(data))], strict=True):
-        if name != "FRAME":
-            out += data[start:end]
-    return bytes(out)
 
 
 def test_ragged_lists_have_no_padding_to_strip(tmp_path: Path) -> None:
@@ -238,3 +215,81 @@ def test_to_predict_one_split_without_labels_will_do(tmp_path: Path) -> None:
     source = MmsaSource(written(tmp_path, data), strict=False)
     assert (source.counts, source.tasks) == ({"test": 5}, ())
     assert source.read("test", 4).labels == {}
+
+
+# --- the published sets
+
+
+def published(split: str, samples: int, widths: dict[str, int], steps: dict[str, int], **more: Any) -> dict[str, Any]:
+    """A split in the layout of MMSA's files: their keys, types, widths and steps, with few samples."""
+    rng = np.random.default_rng(samples)
+    raw: dict[str, Any] = {"id": [f"{split}_video_{n // 2:04d}$_${n:04d}" for n in range(samples)]}
+    raw["raw_text"] = np.array([f"说 {n}" for n in range(samples)])
+    raw["text_bert"] = np.zeros((samples, 3, steps["text"]), np.int64)
+    for n in range(samples):
+        raw["text_bert"][n, :2, : 3 + n] = [[101, *range(200, 201 + n), 102], [1] * (3 + n)]
+    for name, width in widths.items():
+        raw[name] = rng.standard_normal((samples, steps[name], width)).astype(np.float32)
+        lengths = raw["text_bert"][:, 1].sum(-1) if name == "text" else rng.integers(1, steps[name] + 1, samples)
+        raw[name] *= (np.arange(steps[name]) < lengths[:, None])[..., None]
+        if name != "text":
+            raw[f"{name}_lengths"] = lengths.tolist()
+    labels = np.linspace(-1, 1, samples)
+    raw["regression_labels"] = labels.astype(np.float32)
+    raw["classification_labels"] = np.sign(labels) + 1
+    raw["annotations"] = ["Negative", "Neutral", "Positive"][:samples]
+    return {**raw, **more}
+
+
+PUBLISHED: dict[str, tuple[dict[str, int], dict[str, int], bool]] = {
+    "MOSI": ({"text": 768, "audio": 5, "vision": 20}, {"text": 50, "audio": 375, "vision": 500}, False),
+    "MOSEI": ({"text": 768, "audio": 74, "vision": 35}, {"text": 50, "audio": 500, "vision": 500}, False),
+    "SIMS": ({"text": 768, "audio": 33, "vision": 709}, {"text": 39, "audio": 400, "vision": 55}, True),
+    "SIMSv2": ({"text": 768, "audio": 25, "vision": 177}, {"text": 50, "audio": 925, "vision": 232}, True),
+}
+"""Set -> widths, padded steps, whether there are unimodal labels."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_layouts(tmp_path: Path, name: str) -> None:
+    widths, steps, unimodal = PUBLISHED[name]
+    data = {split: published(split, 3, widths, steps) for split in SPLITS}
+    if unimodal:
+        for raw in data.values():
+            for task in "TAV":
+                raw[f"regression_labels_{task}"] = -raw["regression_labels"]
+                raw[f"classification_labels_{task}"] = np.zeros(3)
+    if name == "SIMSv2":  # its semi-supervised file adds the samples without labels, and says which those are
+        data["train_mix"] = published("mix", 6, widths, steps, mask=np.array([1, 1, 1, 0, 0, 0]))
+    source = MmsaSource(written(tmp_path, data))
+    assert source.widths == widths
+    assert source.provenance["padded_to"] == {**steps, "text_bert": steps["text"]}
+    assert source.tasks == (("M", "T", "A", "V") if unimodal else ("M",))
+    assert source.label_range == ((-1, 1) if unimodal else (-3, 3))
+    left_out = ["train_mix: is none of the splits train, valid, test; left out"] if name == "SIMSv2" else []
+    index, notes = pack(source, tmp_path / "set")
+    assert notes == left_out
+    assert index.splits == dict.fromkeys(SPLITS, 3)
+    utterance = source.read("valid", 2)
+    assert utterance.tokens is not None and utterance.tokens.tolist() == [101, 200, 201, 202, 102]
+    assert utterance.raw_text == "说 2"
+    for modality in ("audio", "vision"):
+        assert len(utterance.modalities[modality]) == data["valid"][f"{modality}_lengths"][2]
+
+
+def test_empty_transcripts_are_none(tmp_path: Path) -> None:
+    data = content()
+    for raw in data.values():
+        raw["raw_text"] = [""] * len(raw["id"])
+    source = MmsaSource(written(tmp_path, data))
+    assert not source.has_raw_text
+    assert source.read("train", 0).raw_text is None
+
+
+def test_a_copy_elsewhere_opens_the_file_again(tmp_path: Path) -> None:
+    source = MmsaSource(written(tmp_path, content()), modalities=["audio"], label_range=(-4, 4))
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000
+    copy = pickle.loads(sent)
+    assert (copy.provenance, copy.label_range) == (source.provenance, source.label_range)
+    np.testing.assert_array_equal(copy.read("test", 1).modalities["audio"], source.read("test", 1).modalities["audio"])

@@ -363,22 +363,3 @@ def test_mosi_poria_split_with_held_out_videos(tmp_path: Path) -> None:
     assert [len(videos[split]) for split in SPLITS] == [52, 10, 31]
     assert not videos["train"] & videos["valid"] and not videos["test"] & (videos["train"] | videos["valid"])
     assert {name: part.width for name, part in index.modalities.items()} == {"text": 100, "audio": 73, "vision": 100}
-
-
-@needs_mosi
-def test_mosi_word_aligned_sequences(tmp_path: Path) -> None:
-    """The ragged file of the valid split, with a table made for it: every step comes back."""
-    with np.load(MOSI / "valid_word_aligned.npz", allow_pickle=False) as archive:
-        found = dict(archive)
-    split = ["train"] * 150 + ["valid"] * 40 + ["test"] * 39
-    path = write_csv(tmp_path, {"id": found["id"].tolist(), "label": found["label"].tolist(), "split": split})
-    columns = Columns(audio="audio_covarep:length", vision="vision_facet:length")
-    of = TableSource(path, MOSI / "valid_word_aligned.npz", columns)
-    index, _ = pack(of, tmp_path / "set")
-    steps = sum(index.table(n)["length_audio"].to_numpy().sum() for n in range(len(index.shards)))
-    assert steps == 2524
-    assert {name: (part.width, part.max_length) for name, part in index.modalities.items()} == {
-        "audio": (74, 44),
-        "vision": (47, 44),
-    }
-    np.testing.assert_array_equal(of.read("train", 0).modalities["audio"], found["audio_covarep"][: found["length"][0]])

@@ -60,7 +60,7 @@ def test_one_flipped_bit_in_a_table(index: Index, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_truncated_shard(index: Index, capsys: pytest.CaptureFixture[str], inside: bool) -> None:
-    row = index.table(0).to_pylist()[2]
+    row = index.table(0).to_pylist()[-1]
     # at a block boundary WebDataset reads the rest and raises nothing
     size = row["offset"] + 100 if inside else row["json_offset"] - 512
     truncate(index.tar_path(0), size)

@@ -80,7 +80,7 @@ def test_a_workspace_just_made_is_not_taken_for_a_stale_one(tmp_path: Path, monk
     make, others = tempfile.mkdtemp, []
 
     def begin() -> None:
-        with workspace(tmp_path / "set"):
+        with workspace(tmp_path / "set", {}):
             pass
 
     def slow(**options: Any) -> str:
@@ -92,7 +92,7 @@ def test_a_workspace_just_made_is_not_taken_for_a_stale_one(tmp_path: Path, monk
         return folder
 
     monkeypatch.setattr(tempfile, "mkdtemp", slow)
-    with workspace(tmp_path / "set") as folder:
+    with workspace(tmp_path / "set", {}) as folder:
         others[0].join(timeout=60)
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []

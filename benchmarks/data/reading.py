@@ -1,0 +1,118 @@
+"""Runs the contestants of packing and reading, in rounds, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.data.readers import READERS
+from benchmarks.data.sets import FORMATS
+from benchmarks.record import ROOT
+
+Rates = dict[str, dict[str, dict[str, list[dict[str, float]]]]]
+"""name -> readers -> "cold" or "warm" -> one rate a round; a name whose package is missing has none."""
+
+
+class Child:
+    """A process that answers lines (`benchmarks.data.child`).
+
+    Args:
+        rivals: folder with packages that only contestants use, or None.
+        cache: where ours remembers what it has verified.
+    """
+
+    def __init__(self, words: Iterable[str], rivals: Path | None, cache: Path) -> None:
+        paths = [str(path) for path in (ROOT, rivals) if path]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1",
+            "MMSA_CACHE": str(cache),
+        }
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.data.child", *words],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            bufsize=1,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if kind is not None:
+            self._process.kill()
+        self._process.wait()
+        self._said.close()
+
+    def answer(self, line: str = "") -> dict[str, Any]:
+        """The answer to `line`; without one, what it says by itself."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if line:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        said = self._process.stdout.readline()
+        if not said:
+            self._said.seek(0)
+            raise SystemExit(f"error: {' '.join(self._process.args)} ended:\n{self._said.read().decode()}")  # type: ignore[arg-type]
+        return dict(json.loads(said))
+
+
+def packing(folder: Path, like: str, samples: int, shard_bytes: int, rounds: int, rivals: Path | None) -> Any:
+    """(bytes of float16 a sample, name -> rates) of each format; leaves every format written below `folder`."""
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name, form in FORMATS.items() if form.timed}
+    words = ["write", str(folder), like, str(samples), str(shard_bytes)]
+    with Child(words, rivals, folder / "cache") as child:
+        size = child.answer()["ready"]
+        for name in FORMATS:
+            child.answer(name)  # not counted
+        for _ in range(rounds):
+            for name, found in rates.items():
+                said = child.answer(name)
+                if "missing" not in said:
+                    found.append(said)
+    return size, rates
+
+
+def reading(folder: Path, settings: Iterable[int], sessions: int, rounds: int, rivals: Path | None) -> Rates:
+    """Every contestant with every number of readers: cold once and warm `rounds` times in each session."""
+    rates: Rates = {name: {} for name in READERS}
+    for _ in range(sessions):
+        for readers in settings:
+            _session(folder, readers, rounds, rivals, rates)
+    return rates
+
+
+def _session(folder: Path, readers: int, rounds: int, rivals: Path | None, rates: Rates) -> None:
+    """Cold one after the other, then warm in rounds; what is read first after a start is not counted as warm."""
+    with ExitStack() as stack:
+        children: dict[str, Child] = {}
+        for name, reader in READERS.items():
+            if readers and reader.alone:
+                continue
+            child = stack.enter_context(Child(["read", name, str(folder), str(readers)], rivals, folder / "cache"))
+            if "missing" not in child.answer():
+                children[name] = child
+        found = {name: rates[name].setdefault(str(readers), {"cold": [], "warm": []}) for name in children}
+        for name, child in children.items():
+            found[name]["cold"].append(child.answer("cold"))
+        for turn in range(1 + rounds):
+            for name, child in children.items():
+                answer = child.answer("warm")
+                if turn:
+                    found[name]["warm"].append(answer)

@@ -1,0 +1,35 @@
+"""A cache and short pauses for each test; one S3 endpoint for all of a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.shards.remote.servers import Bucket, s3
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test starts as a node that has fetched nothing; its pauses are short."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MMSA_CACHE", str(folder))
+    monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "20")  # a busy machine is not a silent server
+    monkeypatch.setenv("MMSA_REMOTE_BACKOFF", "0.02")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[Bucket]:
+    with s3() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(endpoint: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """The endpoint's bucket, with the environment of somebody who may read it."""
+    from shards.remote import store
+
+    store._filesystem.cache_clear()  # another file's endpoint
+    endpoint.tell(monkeypatch)
+    endpoint.gets.clear()
+    return endpoint

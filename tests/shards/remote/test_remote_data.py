@@ -1,0 +1,276 @@
+"""A data set in a bucket is read as one on this disk is: the same epochs, the same refusals, and no secret told."""
+
+import logging
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmsa_dist.__main__ import main
+from shards.batch import Batch, BatchSpec
+from shards.errors import ConfigError, DataError, MmsaError, TransientError
+from shards.index import Index
+from shards.loader import Loader
+from shards.mix import Mix, open_reader
+from shards.plan import evaluation_plan, training_plan
+from shards.read import ShardReader
+from shards.remote.ahead import Ahead
+from shards.remote.cache import Cache
+from tests.shards.made import packed, utterances
+from tests.shards.remote import servers
+from tests.shards.remote.servers import KEY, SECRET, Bucket, status
+
+ROOT = Path(__file__).parents[3]
+COUNTS = {"train": 60, "valid": 12, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return packed(tmp_path_factory.mktemp("packed") / "made", utterances(COUNTS, absent=0.2), shard_bytes=20_000)
+
+
+@pytest.fixture(scope="module")
+def address(endpoint: Bucket, local: Index) -> str:
+    return endpoint.upload(local.folder, "sets/mosi")
+
+
+@pytest.fixture
+def remote(bucket: Bucket, address: str) -> Index:
+    return Index.load(address)
+
+
+def epoch(
+    index: Index | Mix, seed: int, rank: int = 0, world: int = 1, start: int = 0, readers: int = 2
+) -> list[Batch]:
+    """The training batches of a rank, then those of an evaluation."""
+    plan = training_plan(index, "train", seed, epoch=1, global_batch=8, window=3)
+    with open_reader(index, open_shards=6) as reader, Loader(reader, BatchSpec.of(index), readers) as loader:
+        batches = [batch for step in loader.train(plan, rank, world, start_step=start) for batch in step]
+        return batches + list(loader.evaluate(evaluation_plan(index, "valid", 5), rank, world))
+
+
+def assert_same(mine: list[Batch], others: list[Batch]) -> None:
+    assert [batch.keys for batch in mine] == [batch.keys for batch in others]
+    for one, other in zip(mine, others, strict=True):
+        for field in ("values", "lengths", "labels"):
+            for name, value in getattr(one, field).items():
+                torch.testing.assert_close(value, getattr(other, field)[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_an_epoch_is_that_of_the_folder(remote: Index, local: Index, start: int) -> None:
+    assert remote.fingerprint == local.fingerprint
+    for rank in range(2):
+        assert_same(epoch(remote, 3, rank, 2, start), epoch(local, 3, rank, 2, start))
+
+
+@pytest.mark.parametrize("readers", [0, 3])
+def test_a_cache_smaller_than_the_data(
+    remote: Index, local: Index, monkeypatch: pytest.MonkeyPatch, readers: int
+) -> None:
+    largest = max(shard.bytes for shard in local.shards)
+    limit = 3 * largest
+    assert sum(shard.bytes for shard in local.shards) > 2 * limit
+    monkeypatch.setenv("MMSA_CACHE_BYTES", str(limit))
+    for seed in (1, 2):
+        assert_same(epoch(remote, seed, readers=readers), epoch(local, seed, readers=readers))
+    assert sum(path.stat().st_size for path in Cache().folder.glob("??/*")) <= limit
+
+
+def test_each_file_is_downloaded_once_for_all_ranks_of_a_node(remote: Index, bucket: Bucket, address: str) -> None:
+    command = [sys.executable, "-m", "tests.shards.remote.reading", address, "5"]
+    ranks = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    asked = {key: count for key, count in bucket.gets.items() if not key.endswith("index.json")}
+    used = [remote.shards[n] for n in remote.shards_of("train")]
+    assert asked == {f"sets/mosi/{name}": 1 for shard in used for name in (shard.url, shard.table)}
+
+
+def test_same_names_in_two_sets_are_not_the_same_files(bucket: Bucket, tmp_path: Path, local: Index) -> None:
+    other = packed(tmp_path / "other", utterances(COUNTS, seed=9), 20_000, name="other")
+    assert {s.url for s in other.shards} & {s.url for s in local.shards}
+    for index, prefix in ((local, "a/mosi"), (other, "b/mosi")):
+        remote = Index.load(bucket.upload(index.folder, prefix))
+        assert_same(epoch(remote, 1), epoch(index, 1))
+    mixed = Mix([Index.load("s3://owners-data/a/mosi"), other])
+    assert_same(epoch(mixed, 1), epoch(Mix([local, other]), 1))
+
+
+def test_an_object_damaged_in_the_bucket(bucket: Bucket, local: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    address = bucket.upload(local.folder, "damaged")
+    key = f"damaged/{local.shards[0].url}"
+    data = bytearray(bucket.get(key))
+    data[len(data) // 2] ^= 4
+    bucket.put(key, bytes(data))
+    remote = Index.load(address)
+    with ShardReader(remote) as reader, pytest.raises(DataError) as error:
+        reader.sample(0)
+    assert str(error.value).startswith(f"{address}/{local.shards[0].url}: sha256 is ")
+    assert not remote.tar_path(0).exists()
+    with ShardReader(remote) as reader:
+        assert reader.sample(local.first(1)).key
+    assert main(["verify", address]) == DataError.exit_code
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "files are not what was packed" in said and f"{address}/{local.shards[0].url}: sha256 is " in said
+
+
+def test_the_error_comes_at_the_step_that_needs_the_file(tmp_path: Path, local: Index) -> None:
+    with servers.web(local.folder) as server:
+        index = Index.load(server.url)
+        bad = index.shards_of("train")[-1]
+        server.script[index.shards[bad].url] = [status(503)]
+        plan = training_plan(index, "train", 1, 1, global_batch=4, window=1)
+        needs = [s for s in range(plan.num_steps) if any(index.locate(int(n))[0] == bad for n in plan.step(s))]
+        with ShardReader(index) as reader, Loader(reader, BatchSpec.of(index), 0) as loader:
+            steps = loader.train(plan, 0, 1)
+            for _ in range(needs[0]):
+                next(steps)
+            with pytest.raises(TransientError, match=f"{index.shards[bad].url}: the server answers HTTP 503; 5 tries"):
+                next(steps)
+
+
+def test_shards_are_fetched_before_they_are_needed(local: Index) -> None:
+    with servers.web(local.folder) as server:
+        index = Index.load(server.url)
+        plan = training_plan(index, "train", 1, 1, global_batch=1, window=2)
+        order = [index.locate(int(plan.step(s)[0]))[0] for s in range(plan.num_steps)]
+        wanted = list(dict.fromkeys(order))
+
+        def there() -> set[int]:
+            return {n for n in wanted if index.tar_path(n).is_file()}
+
+        with Ahead(index, plan.order, begin=0, depth=2) as ahead:
+            settle(lambda: there() == set(wanted[:2]))
+            ahead.reach(order.index(wanted[1]) + 1)  # both are due: the next two
+            settle(lambda: there() == set(wanted[:4]))
+            ahead.reach(plan.num_steps)
+            settle(lambda: there() == set(wanted))
+        assert set(server.gets.values()) == {1}
+
+
+def settle(reached: Any) -> None:
+    """Waits until something is so, and sees that it stays so."""
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert reached()
+
+
+def test_commands_take_an_address(bucket: Bucket, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", address]) == 0
+    assert address in capsys.readouterr().out.replace("\n", "")
+    assert main(["verify", f"{address}/index.json"]) == 0
+    assert "every checksum as packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scheme", "said"), [("gs", "pip install gcsfs"), ("s3", r"pip install 'mmsa-dist\[s3\]'")])
+def test_a_package_that_is_missing(scheme: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shards.remote import store
+
+    store._filesystem.cache_clear()
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(vars(sys.modules["fsspec.registry"])["_registry"], "s3", raising=False)  # imported already
+    with pytest.raises(ConfigError, match=f"{scheme}:// needs a package that is not installed: {said}"):
+        Index.load(f"{scheme}://bucket/mosi")
+
+
+def test_packing_into_a_bucket_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", "generated", "--like", "mosi", "--samples", "20", "--out", "s3://bucket/mosi"]) == 2
+    assert "is an address; pack into a folder here" in capsys.readouterr().err.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_on_another_disk_goes_through_the_cache(local: Index) -> None:
+    index = Index.load(f"file://{local.folder}")
+    assert_same(epoch(index, 2), epoch(local, 2))
+    assert Cache().folder in index.tar_path(0).parents and index.tar_path(index.shards_of("train")[0]).is_file()
+    with pytest.raises(DataError, match=r"file:///no/where/index\.json: is not there"):
+        Index.load("file:///no/where")
+
+
+# --- what must not be told
+
+
+def told(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("wrong", ["key", "bucket", "object", "endpoint"])
+def test_no_secret_in_errors_and_logs(
+    bucket: Bucket,
+    address: str,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO)
+    if wrong == "endpoint":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '')}@127.0.0.1:1")
+        from shards.remote import store
+
+        store._filesystem.cache_clear()
+    place = {"bucket": "s3://no-such-bucket/mosi", "object": f"{address}/no"}.get(wrong, address)
+    if wrong == "key":
+        from shards.remote import store
+
+        store._filesystem.cache_clear()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("HOME", "/nowhere")
+    with pytest.raises(MmsaError) as error:
+        Index.load(place)
+    said = told(error.value) + caplog.text + "".join(capfd.readouterr())
+    for secret in (SECRET, SECRET.replace("/", ""), KEY):
+        assert secret not in said
+    chain = told(error.value)
+    assert "botocore" not in chain and "aiohttp" not in chain, "another library's traceback"
+
+
+def test_no_signature_of_a_redirect_is_told(tmp_path: Path, local: Index) -> None:
+    with servers.web(local.folder) as server, servers.web(tmp_path) as other:
+        for code in (403, 503):
+            target = f"{other.url}/x?X-Amz-Signature={SECRET}"
+            (tmp_path / f"x?X-Amz-Signature={SECRET}".replace("/", "_")).write_text("")
+            server.script["index.json"] = [status(302, Location=target)]
+            other.script = {target.partition("/x")[2]: [status(code)]}
+            with pytest.raises(MmsaError) as error:
+                Index.load(server.url)
+            assert SECRET not in told(error.value) and "Signature" not in told(error.value)
+
+
+def test_a_process_ends_in_silence(bucket: Bucket, address: str) -> None:
+    """No session that was left open, no coroutine that was never awaited, no thread that holds the end up."""
+    code = (
+        "from shards.index import Index; from shards.read import ShardReader\n"
+        f"index = Index.load({address!r}); print(ShardReader(index).sample(0).key)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=60,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for noise in ("Unclosed", "never awaited", "Traceback", SECRET):
+        assert noise not in done.stderr
+
+
+def test_the_wrong_file_behind_an_address(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(b"\xff\xfe<html>")
+    with servers.web(tmp_path) as server:
+        with pytest.raises(DataError, match=r"index\.json: is not text"):
+            Index.load(server.url)
+        (tmp_path / "index.json").write_text("<html>sign in</html>")
+        with pytest.raises(DataError, match=r"index\.json: not valid JSON"):
+            Index.load(server.url)

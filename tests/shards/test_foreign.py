@@ -1,0 +1,367 @@
+"""`mmsa-dist index`: tars that somebody else wrote are read in place, exactly, and never touched."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save
+
+from mmsa_dist.__main__ import main
+from shards.batch import BatchSpec, collate
+from shards.errors import ConfigError, DataError
+from shards.files import sha256_of
+from shards.foreign.build import index_tars
+from shards.index import Index
+from shards.loader import Loader
+from shards.plan import training_plan
+from shards.read import ShardReader
+from shards.verify import check_shard
+from tests.shards.foreign import arrays, described, indexed, members, npy, npz, options, write_set, write_tar
+from tests.shards.made import packed, utterances
+
+COUNTS = {"train": 12, "valid": 3, "test": 2}
+
+
+def read(index: Index) -> dict[str, Any]:
+    with ShardReader(index) as reader:
+        return {u.key: u for u in reader.samples(range(index.num_samples), with_text=True)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["npy", "npz", "safetensors"])
+def test_every_number_where_it_stands(tmp_path: Path, kind: str, dtype: str) -> None:
+    made = write_set(tmp_path, COUNTS, kind, dtype, tars=2)
+    before = {path: (sha256_of(path), path.stat().st_mtime_ns) for path in tmp_path.glob("*.tar")}
+    index = indexed(tmp_path)
+    assert index.splits == COUNTS and index.tasks == ("M",) and index.dtype == dtype and index.foreign
+    found = read(index)
+    assert found.keys() == made.keys()
+    for key, sample in found.items():
+        assert sample.split == key.partition("/")[0]
+        assert sample.raw_text == f"words of {key}"
+        assert sample.labels == {"M": pytest.approx(int(key.partition("/v")[2]) / 10)}
+        for name, array in made[key].items():
+            np.testing.assert_array_equal(sample.modalities[name], array)
+            assert sample.modalities[name].dtype == array.dtype and sample.modalities[name].flags.aligned
+    rows = np.concatenate([made[key]["audio"] for key in made if key.startswith("train")]).astype(np.float64)
+    np.testing.assert_allclose(index.statistics["audio"]["mean"], rows.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(index.statistics["audio"]["std"], rows.std(0), rtol=1e-9)
+    assert before == {path: (sha256_of(path), path.stat().st_mtime_ns) for path in tmp_path.glob("*.tar")}
+    batch = collate(list(found.values()), BatchSpec.of(index))
+    assert batch.values["audio"].dtype == torch.float32
+    for row, key in enumerate(batch.keys):
+        expected = torch.from_numpy(made[key]["audio"].astype(np.float32))
+        assert torch.equal(batch.values["audio"][row, : len(expected)], expected)
+    assert all(not check_shard(index, n) for n in range(len(index.shards)))
+
+
+def test_types_may_differ_from_sample_to_sample(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    made = {f"v{i}": arrays(rng, dtype) for i, dtype in enumerate(("float16", "float64", "float32"))}
+    write_tar(tmp_path / "train.tar", [(k, members(a, "npy") | described(0, "a")) for k, a in made.items()])
+    index = indexed(tmp_path)
+    assert index.dtype == "float64" and index.splits == {"train": 3, "valid": 0, "test": 0}
+    for key, sample in read(index).items():
+        assert sample.modalities["text"].dtype == made[key]["text"].dtype
+        np.testing.assert_array_equal(sample.modalities["text"], made[key]["text"])
+
+
+def test_our_own_shards_in_another_folder(tmp_path: Path) -> None:
+    own = packed(tmp_path / "own", utterances({"train": 20, "valid": 4, "test": 3}, absent=0.2))
+    other = indexed(own.folder, tmp_path / "other", allow_absent=True, label_range=(-3.0, 3.0))
+    assert [shard.sha256 for shard in other.shards] == [shard.sha256 for shard in own.shards]
+    assert (other.tasks, other.modalities, other.splits) == (own.tasks, own.modalities, own.splits)
+    assert other.has_tokens and other.has_raw_text
+    expected, found = read(own), read(other)
+    assert list(found) == list(expected)
+    for key, sample in found.items():
+        assert sample.labels == expected[key].labels and sample.raw_text == expected[key].raw_text
+        np.testing.assert_array_equal(sample.tokens, expected[key].tokens)
+        assert sample.modalities.keys() == expected[key].modalities.keys()
+        for name, array in sample.modalities.items():
+            np.testing.assert_array_equal(array, expected[key].modalities[name])
+    for name, statistics in own.statistics.items():
+        np.testing.assert_allclose(other.statistics[name]["mean"], statistics["mean"], rtol=1e-6, atol=1e-8)
+
+
+def test_the_options_say_what_is_where(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.arange(5, dtype=np.int64)
+    sample = {
+        "A.NPY": npy(rng.standard_normal((4, 5)).astype("f4")),
+        "f.npz": npz({"x": rng.standard_normal((2, 3)), "y": rng.standard_normal(6)}),
+        "ids.safetensors": save({"ids": ids}),
+        "score.txt": b" 1.5\n",
+        "meta.json": json.dumps({"says": {"it": "hello"}, "frames": 3, "t": -0.5, "part": "Dev"}).encode(),
+    }
+    write_tar(tmp_path / "x.tar", [("a/clip", sample)])
+    index = indexed(
+        tmp_path, audio="a.npy", vision="f.npz:x", text="f.npz:y", tokens="ids.safetensors:ids", label="score.txt",
+        label_text="meta.json:t", raw_text="meta.json:says.it", audio_length="meta.json:frames",
+        split="meta.json:part", label_range=(-2.0, 2.0), name="mine",
+    )  # fmt: skip
+    (found,) = read(index).values()
+    assert (found.key, found.split, found.raw_text) == ("a/clip", "valid", "hello")
+    assert found.labels == {"M": 1.5, "T": -0.5}
+    assert {name: array.shape for name, array in found.modalities.items()} == {
+        "text": (1, 6), "audio": (3, 5), "vision": (2, 3),
+    }  # fmt: skip
+    np.testing.assert_array_equal(found.tokens, ids)
+    assert found.tokens.dtype == np.int32
+    assert (index.name, index.label_range, index.layout["audio"]) == ("mine", (-2, 2), "a.npy")
+
+
+@pytest.mark.parametrize("data", [b"3.5", b"not a number", b"", b"nan", b"inf", b"\xff"])
+def test_a_label_that_is_none(tmp_path: Path, data: bytes) -> None:
+    content = members(arrays(np.random.default_rng(0)), "npy")
+    write_tar(tmp_path / "train.tar", [("ok", content | {"cls": b"1"}), ("bad", content | {"cls": data})])
+    with pytest.raises(DataError, match=r"train\.tar: sample 'bad' has"):
+        indexed(tmp_path)
+    assert names(tmp_path) == ["train.tar"]
+
+
+def test_no_labels_at_all(tmp_path: Path) -> None:
+    write_tar(tmp_path / "test.tar", [("v", members(arrays(np.random.default_rng(0)), "npy"))])
+    with pytest.raises(ConfigError, match="--label none"):
+        indexed(tmp_path)
+    index = indexed(tmp_path, label="none")
+    assert index.tasks == () and read(index)["v"].labels == {}
+
+
+def test_padding(tmp_path: Path) -> None:
+    audio = np.zeros((6, 5), np.float32)
+    audio[[0, 2]] = 1
+    content = members(arrays(np.random.default_rng(0)) | {"audio": audio}, "npy")
+    write_tar(tmp_path / "train.tar", [("a", content | described(0, "x"))])
+    assert len(read(indexed(tmp_path))["a"].modalities["audio"]) == 6
+    index = indexed(tmp_path, strip_padding=True, overwrite=True)
+    np.testing.assert_array_equal(read(index)["a"].modalities["audio"], audio[:3])
+    write_tar(tmp_path / "train.tar", [("a", content | described(0, "x", audio_lengths=4))])
+    assert len(read(indexed(tmp_path, overwrite=True))["a"].modalities["audio"]) == 4
+    write_tar(tmp_path / "train.tar", [("a", content | described(0, "x", audio_lengths=7))])
+    with pytest.raises(DataError, match=r"has '7' as length of audio \(json:audio_lengths\), expected 0 to 6"):
+        indexed(tmp_path, overwrite=True)
+
+
+def test_a_missing_modality_is_an_error_unless_it_may_be(tmp_path: Path) -> None:
+    """FAULTS 4."""
+    rng = np.random.default_rng(0)
+    whole, lacking = members(arrays(rng), "npy"), members(arrays(rng), "npy")
+    del lacking["audio.npy"]
+    write_tar(tmp_path / "train.tar", [("a", whole | described(0, "x")), ("b", lacking | described(1, "y"))])
+    with pytest.raises(DataError, match=r"sample 'b' has no audio \(audio\.npy\); if samples may lack it: --allow"):
+        indexed(tmp_path)
+    index, notes = index_tars([tmp_path], None, options(allow_absent=True))
+    assert set(read(index)["b"].modalities) == {"text", "vision"} and "audio: 1 samples have none" in str(notes)
+    assert not collate(list(read(index).values()), BatchSpec.of(index)).present["audio"][1]
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    """FAULTS 6: they cannot be zeroed in the tar, so they are counted, and read as zero."""
+    rng = np.random.default_rng(0)
+    some, none = arrays(rng), arrays(rng)
+    some["audio"][0, :2] = np.nan, -np.inf
+    none["audio"][:] = np.nan
+    samples = [(key, members(a, "npy") | described(0, "x")) for key, a in (("some", some), ("none", none))]
+    index = indexed(write_tar(tmp_path / "train.tar", samples))
+    found = read(index)
+    assert index.non_finite == {"text": 0, "audio": 2 + none["audio"].size, "vision": 0}
+    np.testing.assert_array_equal(found["some"].modalities["audio"], np.nan_to_num(some["audio"], neginf=0))
+    assert "audio" not in found["none"].modalities
+    assert np.isfinite(index.statistics["audio"]["mean"]).all()
+
+
+GOOD = np.ones((2, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        ({"audio.npy": npy(np.asfortranarray(np.ones((2, 5))))}, "is in Fortran order"),
+        ({"audio.npy": npy(GOOD.astype(">f4"))}, "is of type '>f4', expected little-endian float16"),
+        ({"audio.npy": npy(np.array([[{}]]), allow_pickle=True)}, "is of type '|O'"),
+        ({"audio.npy": npy(np.zeros(2, [("a", "f4")]))}, "is of type"),
+        ({"audio.npy": npy(GOOD.astype("i8"))}, "audio of type int64, expected float16, float32, float64"),
+        ({"audio.npy": npy(np.ones((2, 5, 1), "f4"))}, r"of shape (2, 5, 1), expected (steps, width)"),
+        ({"audio.npy": npy(np.float32(1))}, r"of shape (), expected (steps, width)"),
+        ({"audio.npy": npy(np.ones((2, 4), "f4"))}, "audio of width 4, the samples before it of 5"),
+        ({"audio.npy": npy(np.full((2, 5), 1e300))}, "1e+300, more than float32 holds"),
+        ({"audio.npy": npy(GOOD)[:-1]}, "is float32 of shape (2, 5), but has 39 bytes"),
+        ({"audio.npy": npy(GOOD) + b"x"}, "is float32 of shape (2, 5), but has 41 bytes"),
+        ({"audio.npy": b""}, "is no npy file"),
+        ({"audio.npy": b"\x80\x04\x95pickle"}, "is no npy file"),
+    ],
+)
+def test_what_cannot_be_read_in_place(tmp_path: Path, member: dict[str, bytes], said: str) -> None:
+    first = ("a", {"audio.npy": npy(GOOD), "cls": b"0"})
+    write_tar(tmp_path / "train.tar", [first, ("b", member | {"cls": b"0"})])
+    with pytest.raises(DataError) as error:
+        indexed(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'train.tar'}: sample 'b' has ") and said in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["audio.pth", "audio.pkl", "audio.pyd", "audio.npy.gz", "audio.h5"])
+def test_members_that_are_refused_by_their_name(tmp_path: Path, suffix: str) -> None:
+    write_tar(tmp_path / "train.tar", [("a", {suffix: b"cos\nsystem\n(S'exit 1'\ntR.", "txt": b"x", "cls": b"0"})])
+    with pytest.raises(ConfigError, match=rf"audio seems to be in the members \.{suffix}, but that is"):
+        indexed(tmp_path)
+    with pytest.raises(ConfigError, match=rf"--audio {suffix}: such a member is"):
+        indexed(tmp_path, audio=suffix)
+    assert not indexed(tmp_path, audio="none").modalities
+
+
+def test_where_the_split_stands(tmp_path: Path) -> None:
+    sample = members(arrays(np.random.default_rng(0)), "npy")
+    for name in ("train/0.tar", "mosi_val_000.tar", "dev/1.tar", "TEST.tar"):
+        write_tar(tmp_path / "good" / name, [(name, sample | described(0, "x"))])
+    index = indexed(tmp_path / "good")
+    assert [(s.url, s.split) for s in index.shards] == [
+        ("train/0.tar", "train"), ("dev/1.tar", "valid"), ("mosi_val_000.tar", "valid"), ("TEST.tar", "test"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "bad" / "part-0.tar", [("a", sample | described(0, "x"))])
+    with pytest.raises(ConfigError, match=r"part-0\.tar: its name does not say train, valid or test"):
+        indexed(tmp_path / "bad")
+    assert indexed(tmp_path / "bad", train=("part-*",)).splits["train"] == 1
+    with pytest.raises(ConfigError, match="is matched by --train and --test"):
+        indexed(tmp_path / "bad", train=("part-*",), test=("*-0.tar",), overwrite=True)
+    both = [(key, sample | described(0, "x", split=split)) for key, split in (("a", "train"), ("b", "test"))]
+    write_tar(tmp_path / "bad" / "part-0.tar", both)
+    with pytest.raises(DataError, match="sample 'b' is of split test, the ones before it are of train"):
+        indexed(tmp_path / "bad", overwrite=True)
+    write_tar(tmp_path / "odd" / "train_test.tar", [("a", sample | described(0, "x"))])
+    with pytest.raises(ConfigError, match="its name says test and train"):
+        indexed(tmp_path / "odd")
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    """FAULTS 5."""
+    sample = members(arrays(np.random.default_rng(0)), "npy") | described(0, "x")
+    write_tar(tmp_path / "train.tar", [("a$_$1", sample), ("bé", sample)])
+    write_tar(tmp_path / "test.tar", [("bé", sample)])
+    with pytest.raises(DataError, match=r"sample 'bé' is there more than once: in .*test\.tar and .*train\.tar"):
+        indexed(tmp_path)
+    assert names(tmp_path) == ["test.tar", "train.tar"]
+    write_tar(tmp_path / "test.tar", [("c", sample), ("c", sample)])
+    with pytest.raises(DataError, match=r"member 'c\.text\.npy' is there twice"):
+        indexed(tmp_path)
+    write_tar(tmp_path / "test.tar", [("c", sample), ("d", sample), ("c", sample)])
+    with pytest.raises(DataError, match="sample 'c' is there more than once"):
+        indexed(tmp_path)
+
+
+def test_another_folder_links_to_the_tars(tmp_path: Path) -> None:
+    write_set(tmp_path / "tars", COUNTS)
+    index = indexed(tmp_path / "tars", tmp_path / "out")
+    assert names(tmp_path / "tars") == ["test-0.tar", "train-0.tar", "valid-0.tar"]
+    assert (tmp_path / "out" / "train-0.tar").readlink() == tmp_path / "tars" / "train-0.tar"
+    assert len(read(index)) == 17
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    again = indexed(tmp_path / "tars", tmp_path / "out", overwrite=True)
+    assert again.fingerprint == index.fingerprint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS)
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match="--out FOLDER puts the index elsewhere"):
+        indexed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    write_set(tmp_path / "tars", COUNTS)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        indexed(tmp_path / "tars", tmp_path / "file" / "out")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "train-0.tar").write_text("mine")
+    with pytest.raises(ConfigError, match=r"train-0\.tar is there already, and is not the tar to be indexed"):
+        indexed(tmp_path / "tars", tmp_path / "taken")
+    assert names(tmp_path / "taken") == ["train-0.tar"]
+
+
+def test_an_index_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS)
+    old = indexed(tmp_path)
+    with pytest.raises(ConfigError, match="is there already; --overwrite replaces it"):
+        indexed(tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=r"expected 5\.\.6"):
+        indexed(tmp_path, overwrite=True, label_range=(5.0, 6.0))
+    assert sorted(tmp_path.rglob("*")) == files and Index.load(tmp_path) == old
+    shutil.rmtree(tmp_path / "index.tables")
+    new = indexed(tmp_path, overwrite=True, raw_text="none")
+    assert len(list(tmp_path.rglob("*.arrow"))) == 3 and not new.has_raw_text
+    assert len(read(new)) == 17
+    own = packed(tmp_path / "own", utterances({"train": 3}))
+    with pytest.raises(ConfigError, match="was packed by mmsa-dist"):
+        indexed(own.folder, overwrite=True, label_range=(-3.0, 3.0))
+
+
+def test_processes_make_no_difference(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS, tars=2)
+    one = indexed(tmp_path)
+    tables = {path.name: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    two = indexed(tmp_path, overwrite=True, workers=2)
+    assert two == one and tables == {path.name: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    with pytest.raises(DataError, match=r"expected 5\.\.6"):
+        indexed(tmp_path, overwrite=True, workers=2, label_range=(5.0, 6.0))
+
+
+def test_one_tar_for_many_readers_and_ranks(tmp_path: Path) -> None:
+    """FAULTS 7 and 8."""
+    made = write_set(tmp_path, {"train": 11, "valid": 1})
+    index = indexed(tmp_path)
+    seen: list[str] = []
+    for rank in range(3):
+        with ShardReader(index) as reader:
+            loader = Loader(reader, BatchSpec.of(index), 4)
+            steps = list(loader.train(training_plan(index, "train", 0, 1, 4, 8), rank, 3, 1, 0))
+            loader.close()
+        assert len(steps) == 3
+        batches = [batch for step in steps for batch in step]
+        seen += [key for b in batches for key, weight in zip(b.keys, b.weight, strict=True) if weight]
+    assert sorted(seen) == sorted(key for key in made if key.startswith("train"))
+
+
+def test_members_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    sample = members(arrays(np.random.default_rng(0)), "npy") | described(0, "x")
+    evil = {"pyd": b"cos\nsystem\n(S'exit 1'\ntR.", "mp4": b"v" * 3000}
+    write_tar(tmp_path / "train.tar", [("a", sample | evil), ("__pycache__/x", evil), ("b", sample | evil)])
+    index, notes = index_tars([tmp_path], None, options())
+    assert list(read(index)) == ["a", "b"]
+    assert "members that are never read: .mp4 (2), .pyd (2)" in notes
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--audio", "audio.npy:x"], "a .npy member has no fields"),
+        (["--audio", "features.npz"], "say which tensor of it"),
+        (["--label", "audio.npy"], "expected a .json, .txt or .cls member"),
+        (["--label", "json:"], "expected MEMBER or MEMBER:FIELD"),
+        (["--label-range", "1", "1"], "the lower one first"),
+        (["--workers", "-1"], "expected a number of processes"),
+        (["--text", "none", "--audio", "none", "--vision", "none", "--raw-text", "none"], "nothing in its samples"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path: Path, argv: list[str], said: str, capsys: Any) -> None:
+    write_set(tmp_path, {"train": 1})
+    assert main(["index", str(tmp_path), *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["nowhere.tar", "s3://bucket/a.tar", "/dev/null", "."])
+def test_what_is_no_tar(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["index", given]) == 2
+    assert "Traceback" not in capsys.readouterr().err
