@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist import checkpoint, data_card, metrics, run_folder
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.engine import Engine
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
@@ -66,6 +66,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
         ConfigError, DataError: recipe and data do not fit each other.
     """
     index = open_index(recipe)
+    check_same(folder, index)
     check_data(recipe, index)
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
@@ -88,6 +89,19 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     kind = metrics.kind_for(index.label_range)
     progress = saved.progress if saved else {}
     return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, reader, loader, progress)
+
+
+def check_same(folder: Path, index: AnyIndex) -> None:
+    """Says that a rank found other data than the driver did: its node has another copy, or it was packed again.
+
+    Raises:
+        DataError: so it is.
+    """
+    if (folder / data_card.FILE).is_file() and (meant := DataCard.load(folder).fingerprint) != index.fingerprint:
+        raise DataError(
+            f"{index.where}: has the fingerprint {index.fingerprint[:12]}, but this run is on {meant[:12]}: the data "
+            "was replaced, or this node has another copy; put the first one there again, or begin a new run"
+        )
 
 
 def open_index(recipe: Recipe) -> AnyIndex:

@@ -11,6 +11,10 @@ import pytest
 
 from mmsa_dist import run_folder
 from mmsa_dist.__main__ import main
+from mmsa_dist.data_card import DataCard
+from mmsa_dist.errors import DataError
+from mmsa_dist.session import check_same
+from shards.index import Index
 from shards.write import pack
 from tests.data import TinySource, packed
 
@@ -69,6 +73,15 @@ def test_other_data_is_refused(killed: Path, resume: Resume, tmp_path: Path) -> 
         and "give the data that it began with" in error
     )
     assert (killed / "recipe.yaml").read_text() == before
+
+
+def test_a_rank_that_finds_other_data_than_its_driver_says_so(killed: Path, data: Path) -> None:
+    """As on a node with another copy, or in a bucket that was written to in the meantime."""
+    with pytest.raises(DataError, match=r"this run is on 0000.* begin a new run"):
+        card = DataCard.load(killed).model_copy(update={"fingerprint": "0" * 64})
+        card.save(killed.parent)
+        check_same(killed.parent, Index.load(data))
+    check_same(killed, Index.load(data))
 
 
 def test_what_is_refused_or_only_printed_leaves_the_recipe(killed: Path, resume: Resume) -> None:

@@ -35,7 +35,9 @@ def packing(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_packing_that_is_stopped_before_its_first_shard_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_a_packing_that_is_stopped_before_its_first_shard_leaves_nothing(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     process = packing(tmp_path)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)

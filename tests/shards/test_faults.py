@@ -140,7 +140,7 @@ def test_5_any_key_of_webdatasets_rule(tmp_path: Path, key: str) -> None:
 
 def test_20_a_full_disk_leaves_the_tars_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path, {"train": 3, "valid": 3})
-    write, written = place.write_atomic, []
+    write, written = place.write_atomic, list[Path]()
 
     def full(path: Path, data: bytes) -> None:
         if written:

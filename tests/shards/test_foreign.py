@@ -1,7 +1,9 @@
 """`mmsa-dist index`: tars that somebody else wrote are read in place, exactly, and never touched."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from shards.index import Index
 from shards.loader import Loader
 from shards.plan import training_plan
 from shards.read import ShardReader
+from shards.tables import table_bytes, table_schema
 from shards.verify import check_shard
 from tests.shards.foreign import arrays, described, indexed, members, npy, npz, options, write_set, write_tar
 from tests.shards.made import packed, utterances
@@ -192,7 +195,7 @@ GOOD = np.ones((2, 5), np.float32)
         ({"audio.npy": npy(np.zeros(2, [("a", "f4")]))}, "is of type"),
         ({"audio.npy": npy(GOOD.astype("i8"))}, "audio of type int64, expected float16, float32, float64"),
         ({"audio.npy": npy(np.ones((2, 5, 1), "f4"))}, r"of shape (2, 5, 1), expected (steps, width)"),
-        ({"audio.npy": npy(np.float32(1))}, r"of shape (), expected (steps, width)"),
+        ({"audio.npy": npy(np.array(1, np.float32))}, r"of shape (), expected (steps, width)"),
         ({"audio.npy": npy(np.ones((2, 4), "f4"))}, "audio of width 4, the samples before it of 5"),
         ({"audio.npy": npy(np.full((2, 5), 1e300))}, "1e+300, more than float32 holds"),
         ({"audio.npy": npy(GOOD)[:-1]}, "is float32 of shape (2, 5), but has 39 bytes"),
@@ -365,3 +368,71 @@ def test_what_is_no_tar(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert main(["index", given]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("offset_audio", 1 << 40, "audio is in bytes 1099511627776 to"),
+        ("offset_audio", -8, "audio is in bytes -8 to"),
+        ("length_audio", 1 << 30, "audio is in bytes"),
+        ("length_audio", -1, "audio has -1 steps of 'float32'"),
+        ("dtype_audio", "int64", "steps of 'int64', expected some of float16, float32, float64"),
+        ("dtype_audio", "", "steps of ''"),
+        ("json_size", 1 << 40, "in the table, expected some of 512 to"),
+    ],
+)
+def test_a_forged_table(tmp_path: Path, column: str, value: Any, said: str) -> None:
+    """Behind the checksums: a table never leads outside its tar."""
+    write_set(tmp_path, {"train": 2})
+    index = forged_table(indexed(tmp_path), column, value)
+    with pytest.raises(DataError, match=re.escape(said)):
+        ShardReader(index, verify=False).sample(0)
+
+
+def test_verify_compares_the_table_with_the_tar(tmp_path: Path) -> None:
+    write_set(tmp_path, {"train": 2})
+    index = indexed(tmp_path)
+    other = index.table(0).to_pylist()[1]["offset_audio"]
+    (wrong,) = check_shard(forged_table(index, "offset_audio", other), 0)
+    assert "train-0.tar: audio of 'train/v0' is not in its member 'train/v0.audio.npy'" in wrong
+    rows = forged_table(index, "offset", index.table(0).to_pylist()[0]["offset"] + 512)
+    assert "holds 0 samples, its table has 2" in check_shard(rows, 0)[0]
+
+
+def forged_table(index: Index, column: str, value: Any) -> Index:
+    """The index as it would be with another value in the first row of its first table."""
+    columns = index.table(0).to_pydict()
+    columns[column][0] = value
+    table = table_bytes(columns, table_schema(index.tasks, foreign=True))
+    index.table_path(0).write_bytes(table)
+    shard = index.shards[0].model_copy(
+        update={"table_bytes": len(table), "table_sha256": hashlib.sha256(table).hexdigest()}
+    )
+    return index.model_copy(update={"shards": (shard, *index.shards[1:])})
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "your-data.md"
+
+
+def test_the_guides_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    section = text.partition("\n## WebDataset shards of somebody else\n")[2].partition("\n## ")[0]
+    _, code, _, commands, *_ = re.split(r"```(?:python)?\n", section)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    exec(code, {})
+    for line in commands.splitlines():
+        assert main(line.removeprefix("mmsa-dist ").replace("mine/*.tar", "mine/train-000.tar").split()) == 0
+    assert "mine: train 100, valid 0, test 0 samples; text 300, audio 74; 1 shards" in capsys.readouterr().out
+    assert len(read(Index.load("mine"))) == 100
+
+
+def test_from_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSA_CACHE", str(tmp_path / "cache"))
+    write_set(tmp_path / "bucket", COUNTS)
+    here = indexed(tmp_path / "bucket")
+    there = Index.load((tmp_path / "bucket").as_uri())
+    assert there.remote and there.fingerprint == here.fingerprint
+    assert read(there).keys() == read(here).keys()
+    assert check_shard(there, 0) == []
