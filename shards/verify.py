@@ -101,7 +101,9 @@ def _check_foreign(index: Index, shard_no: int, rows: list[dict[str, Any]]) -> l
     with TarReader(index.tar_path(shard_no)) as tar:
         for member in tar.members():
             number += number + 1 < len(rows) and member.begin == begins[number + 1]
-            row, suffix = rows[max(number, 0)], split_name(member.name)[1]
+            if number < 0:
+                continue
+            row, suffix = rows[number], split_name(member.name)[1]
             for what, begin, end in _pointed_at(row, index, layout, suffix):
                 if not member.offset <= begin <= end <= member.offset + member.size:
                     return [f"{shard.url}: {what} of {row['key']!r} is not in its member {member.name!r}"]

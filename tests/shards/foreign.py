@@ -13,7 +13,8 @@ from safetensors.numpy import save
 from shards.foreign.build import Options, index_tars
 from shards.foreign.mapping import FEATURES, OTHERS
 from shards.index import Index
-from shards.utterance import SPLITS
+from shards.read import ShardReader
+from shards.utterance import SPLITS, Utterance
 
 WIDTHS = {"text": 6, "audio": 5, "vision": 3}
 LABEL_AND_TEXT = {"label": "json:label", "raw_text": "json:text"}
@@ -84,3 +85,13 @@ def options(**given: Any) -> Options:
 
 def indexed(folder: Path, out: Path | None = None, **given: Any) -> Index:
     return index_tars([folder], out, options(**given))[0]
+
+
+def read(index: Index) -> dict[str, Utterance]:
+    """All samples by their keys, with their transcripts."""
+    with ShardReader(index) as reader:
+        return {u.key: u for u in reader.samples(range(index.num_samples), with_text=True)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

@@ -8,7 +8,7 @@
    3  test_read, test_verify, test_trust; left out  here
       when asked: here
    4  test_write, test_sources_*                    test_foreign: test_a_missing_modality_…
-   5  test_write (any key), test_sources_*          here (any key); test_foreign: test_a_key_that_is_there_twice
+   5  test_write (any key), test_sources_*          here (any key); test_foreign_place: test_a_key_…_twice
    6  test_clean, test_bad_*                        test_foreign: test_values_…, test_what_cannot_…, test_a_label_…
    7  test_loader: test_law_2_…                     test_foreign: test_one_tar_for_many_readers_and_ranks
    8  test_loader: test_evaluation_sees_…           the same

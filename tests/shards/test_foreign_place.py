@@ -1,0 +1,125 @@
+"""Where the index of foreign tars goes: whole or not at all; which tar is of which split; every key once."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmsa_dist.__main__ import main
+from shards.errors import ConfigError, DataError
+from shards.index import Index
+from shards.verify import check_shard
+from tests.shards.foreign import arrays, described, indexed, members, names, read, write_set, write_tar
+from tests.shards.made import packed, utterances
+
+COUNTS = {"train": 12, "valid": 3, "test": 2}
+
+
+def test_where_the_split_stands(tmp_path: Path) -> None:
+    sample = members(arrays(np.random.default_rng(0)), "npy")
+    for name in ("train/0.tar", "mosi_val_000.tar", "dev/1.tar", "TEST.tar"):
+        write_tar(tmp_path / "good" / name, [(name, sample | described(0, "x"))])
+    index = indexed(tmp_path / "good")
+    assert [(s.url, s.split) for s in index.shards] == [
+        ("train/0.tar", "train"), ("dev/1.tar", "valid"), ("mosi_val_000.tar", "valid"), ("TEST.tar", "test"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "bad" / "part-0.tar", [("a", sample | described(0, "x"))])
+    with pytest.raises(ConfigError, match=r"part-0\.tar: its name does not say train, valid or test"):
+        indexed(tmp_path / "bad")
+    assert indexed(tmp_path / "bad", train=("part-*",)).splits["train"] == 1
+    with pytest.raises(ConfigError, match="is matched by --train and --test"):
+        indexed(tmp_path / "bad", train=("part-*",), test=("*-0.tar",), overwrite=True)
+    both = [(key, sample | described(0, "x", split=split)) for key, split in (("a", "train"), ("b", "test"))]
+    write_tar(tmp_path / "bad" / "part-0.tar", both)
+    with pytest.raises(DataError, match="sample 'b' is of split test, the ones before it are of train"):
+        indexed(tmp_path / "bad", overwrite=True)
+    write_tar(tmp_path / "odd" / "train_test.tar", [("a", sample | described(0, "x"))])
+    with pytest.raises(ConfigError, match="its name says test and train"):
+        indexed(tmp_path / "odd")
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    """FAULTS 5."""
+    sample = members(arrays(np.random.default_rng(0)), "npy") | described(0, "x")
+    write_tar(tmp_path / "train.tar", [("a$_$1", sample), ("bé", sample)])
+    write_tar(tmp_path / "test.tar", [("bé", sample)])
+    with pytest.raises(DataError, match=r"sample 'bé' is there more than once: in .*test\.tar and .*train\.tar"):
+        indexed(tmp_path)
+    assert names(tmp_path) == ["test.tar", "train.tar"]
+    write_tar(tmp_path / "test.tar", [("c", sample), ("c", sample)])
+    with pytest.raises(DataError, match=r"member 'c\.text\.npy' is there twice"):
+        indexed(tmp_path)
+    write_tar(tmp_path / "test.tar", [("c", sample), ("d", sample), ("c", sample)])
+    with pytest.raises(DataError, match="sample 'c' is there more than once"):
+        indexed(tmp_path)
+
+
+def test_another_folder_links_to_the_tars(tmp_path: Path) -> None:
+    write_set(tmp_path / "tars", COUNTS)
+    index = indexed(tmp_path / "tars", tmp_path / "out")
+    assert names(tmp_path / "tars") == ["test-0.tar", "train-0.tar", "valid-0.tar"]
+    assert (tmp_path / "out" / "train-0.tar").readlink() == tmp_path / "tars" / "train-0.tar"
+    assert len(read(index)) == 17
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    again = indexed(tmp_path / "tars", tmp_path / "out", overwrite=True)
+    assert again.fingerprint == index.fingerprint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS)
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match="--out FOLDER puts the index elsewhere"):
+        indexed(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    write_set(tmp_path / "tars", COUNTS)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        indexed(tmp_path / "tars", tmp_path / "file" / "out")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "train-0.tar").write_text("mine")
+    with pytest.raises(ConfigError, match=r"train-0\.tar is there already, and is not the tar to be indexed"):
+        indexed(tmp_path / "tars", tmp_path / "taken")
+    assert names(tmp_path / "taken") == ["train-0.tar"]
+
+
+def test_an_index_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS)
+    old = indexed(tmp_path)
+    with pytest.raises(ConfigError, match="is there already; --overwrite replaces it"):
+        indexed(tmp_path)
+    files = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=r"expected 5\.\.6"):
+        indexed(tmp_path, overwrite=True, label_range=(5.0, 6.0))
+    assert sorted(tmp_path.rglob("*")) == files and Index.load(tmp_path) == old
+    shutil.rmtree(tmp_path / "index.tables")
+    new = indexed(tmp_path, overwrite=True, raw_text="none")
+    assert len(list(tmp_path.rglob("*.arrow"))) == 3 and not new.has_raw_text
+    assert len(read(new)) == 17
+    own = packed(tmp_path / "own", utterances({"train": 3}))
+    with pytest.raises(ConfigError, match="was packed by mmsa-dist"):
+        indexed(own.folder, overwrite=True, label_range=(-3.0, 3.0))
+
+
+def test_processes_make_no_difference(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS, tars=2)
+    one = indexed(tmp_path)
+    tables = {path.name: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    two = indexed(tmp_path, overwrite=True, workers=2)
+    assert two == one and tables == {path.name: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    with pytest.raises(DataError, match=r"expected 5\.\.6"):
+        indexed(tmp_path, overwrite=True, workers=2, label_range=(5.0, 6.0))
+
+
+def test_from_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSA_CACHE", str(tmp_path / "cache"))
+    write_set(tmp_path / "bucket", COUNTS)
+    here = indexed(tmp_path / "bucket")
+    there = Index.load((tmp_path / "bucket").as_uri())
+    assert there.remote and there.fingerprint == here.fingerprint
+    assert read(there).keys() == read(here).keys()
+    assert check_shard(there, 0) == []
