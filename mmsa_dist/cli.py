@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, packaged, read_recipe
+from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, origin, packaged, read_recipe
 
 TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
        mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
@@ -59,6 +59,8 @@ def train(argv: list[str]) -> int:
     if options.print_config:
         print(yaml.safe_dump(recipe.dump(), sort_keys=False), end="")
         return 0
+    if folder is None:
+        print(origin(recipe.system, options.recipe, overrides))
     from mmsa_dist import train as training
 
     training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name)

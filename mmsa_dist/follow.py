@@ -1,6 +1,6 @@
 """Shows a run's progress by following its events: the same picture whatever started the ranks.
 
-On a terminal a bar; elsewhere one plain line an epoch.
+On a terminal a bar; elsewhere one plain line an epoch, and one every half a minute of a longer epoch.
 """
 
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from shards.progress import console
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Follower:
@@ -26,6 +28,7 @@ class Follower:
         self._bar: Any = None
         self._task: Any = None
         self._seconds = 0.0
+        self._said = 0.0  # when, on the clock of the events
         # what an earlier attempt wrote was shown then
         self._position = self.path.stat().st_size if self.path.is_file() else 0
 
@@ -83,6 +86,11 @@ class Follower:
         if event["event"] in ("step", "first_step") and self._bar is not None:
             text = f"epoch {event['epoch']}  loss {event['loss']:.4f}"
             self._bar.update(self._task, description=text, completed=event["step"], total=event["of"])
+        elif event["event"] == "first_step":
+            self._said = event["time"]
+        elif event["event"] == "step" and event["time"] - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = event["time"]
+            console.print(f"epoch {event['epoch']:3d}  step {event['step']} of {event['of']}  loss {event['loss']:.4f}")
         elif event["event"] == "start" and self._bar is None:
             console.print(f"rank 0 of {event['world']} is up (pid {event['pid']})")
         elif event["event"] == "ready" and event["steps"]:
@@ -90,6 +98,7 @@ class Follower:
         elif event["event"] == "warning":
             console.print(f"warning: {event['message']}", soft_wrap=True)
         elif event["event"] == "epoch":
+            self._said = event["time"]
             value = event["valid"][self.monitor]
             shown = "undefined" if value is None else f"{value:.4f}"
             star = "  (best)" if event["best_epoch"] == event["epoch"] else ""

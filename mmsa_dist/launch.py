@@ -37,6 +37,11 @@ RANK_ENVIRONMENT = {
 """Set in the environment of every rank before it starts."""
 
 
+PAUSE = 15
+"""Seconds before ranks start again that met a disk or a server in trouble; doubled each time. Ranks that were killed
+start again at once."""
+
+
 def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Trains in `folder` with the launcher of the recipe, restarting ranks that died, and gives the result.
 
@@ -52,10 +57,16 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         error = diagnose(folder, outcome)
         if not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
             raise error
+        saved = any((folder / "checkpoints").glob("step-*"))
+        wait = PAUSE * 2**attempt if written_down(folder) else 0
         print(
-            f"{error}; starting again from the last checkpoint ({attempt + 1} of {recipe.launch.max_failures})",
+            f"{error}; starting again {'from the last checkpoint' if saved else 'from the beginning'}"
+            + (f" in {wait} s" if wait else "")
+            + f" ({attempt + 1} of {recipe.launch.max_failures})",
             file=sys.stderr,
+            flush=True,
         )
+        time.sleep(wait)
     raise AssertionError("unreachable")
 
 
@@ -331,19 +342,15 @@ def _own_cpus() -> int:
 
 def diagnose(folder: Path, outcome: str) -> MmsaError:
     """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
-    entries = []
-    for path in sorted((folder / "failures").glob("*.json")) if (folder / "failures").is_dir() else []:
-        try:
-            entries.append(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError:
-            outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
-    own = [entry for entry in entries if entry["exit_code"] is not None]
-    if own:
+    entries = failures(folder)
+    if None in entries:
+        outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
+    if own := written_down(folder):
         kinds: dict[int, type[MmsaError]] = {
             cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
         }
         return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
-    bugs = [entry for entry in entries if not _of_a_peer(entry)]
+    bugs = [entry for entry in entries if entry and not _of_a_peer(entry)]
     if bugs:
         first = bugs[0]
         return TrainingError(
@@ -352,6 +359,22 @@ def diagnose(folder: Path, outcome: str) -> MmsaError:
         )
     seen = outcome or "the ranks ended without a result"
     return TransientError(f"{seen}; what the ranks printed is in {folder / 'logs'}")
+
+
+def failures(folder: Path) -> list[dict[str, Any] | None]:
+    """What ranks wrote down of how they failed, in order of time; None for what is cut short."""
+    entries: list[dict[str, Any] | None] = []
+    for path in sorted((folder / "failures").glob("*.json")):
+        try:
+            entries.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError:
+            entries.append(None)
+    return entries
+
+
+def written_down(folder: Path) -> list[dict[str, Any]]:
+    """Failures that ranks could name themselves: errors of ours, with an exit code."""
+    return [entry for entry in failures(folder) if entry and entry["exit_code"] is not None]
 
 
 def first_line(text: str) -> str:

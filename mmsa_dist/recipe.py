@@ -114,6 +114,19 @@ def load_recipe(system: str, recipe: str | None, overrides: list[str]) -> Recipe
     return _with_overrides(cls, default, overrides, system)
 
 
+def origin(system: str, recipe: str | None, overrides: list[str]) -> str:
+    """Where the values come from that the command line does not name, for a person to read."""
+    path = Path(_recipe_values(system, recipe, overrides)[1])
+    if path.parent == PACKAGED:
+        return f"recipe of {system} for {path.stem.removeprefix(f'{system}.')} (packaged)"
+    if path.suffix:
+        return f"recipe {path}"
+    known = packaged(system)
+    return f"general values of {system}" + (
+        f"; --recipe {' or '.join(known)} takes those of a published set (packaged)" if known else ""
+    )
+
+
 def read_recipe(path: Path) -> Recipe:
     """The resolved recipe that a run saved."""
     return from_dict(_yaml(path), str(path))

@@ -198,6 +198,16 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         )
 
 
+def inputs(recipe: Recipe, index: AnyIndex) -> str:
+    """What the system reads, and what of the data set it does not, in a line."""
+    spec = data_spec(recipe, index)
+    read = [f"{m} {spec.text.encoder if spec.text and m == 'text' else width}" for m, width in spec.widths.items()]
+    left = [m for m in available(recipe, index) if m not in spec.widths]
+    if "text" not in {*spec.widths, *left} and (index.has_raw_text or index.has_tokens):
+        left.insert(0, "text (--text.encoder NAME reads it)")
+    return f"reads {', '.join(read)}" + (f"; not read: {', '.join(left)}" if left else "")
+
+
 def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
     """Sentences about values of the recipe that change nothing in this run."""
     spec, launch, said = data_spec(recipe, index), recipe.launch, []
@@ -237,10 +247,11 @@ def data_spec(recipe: Recipe, index: AnyIndex) -> DataSpec:
     wanted: tuple[str, ...] = recipe.data.modalities or tuple(have)
     lacking = [m for m in wanted if m not in have]
     if lacking or not wanted:
-        remedy = " (set --text.encoder to read its transcripts)" if "text" in lacking and index.has_raw_text else ""
+        unread = ("text" in lacking or not wanted) and (index.has_raw_text or index.has_tokens)
+        held = ", ".join(have) or (unread and "transcripts or token ids only") or "none"
         raise ConfigError(
-            f"data.modalities: {index.name} has no {', '.join(lacking) or 'features'}; "
-            f"it has {', '.join(have) or 'none'}{remedy}"
+            f"data.modalities: {index.name} has no {', '.join(lacking) or 'features'}; it has {held}"
+            + ("; --text.encoder NAME reads its text" if unread else "")
         )
     encoded = recipe.text.encoder is not None and "text" in wanted
     if encoded and recipe.text.input == "tokens" and not index.has_tokens:

@@ -106,7 +106,7 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
                 f"{index.where} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
             )
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
-    print(f"run {folder}\n{session.sentence(session.arithmetic(recipe, index))}")
+    print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
     return folder
@@ -138,7 +138,7 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
 
             end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         stopped = isinstance(error, KeyboardInterrupt | TransientError)
-        if stopped and any((folder / "checkpoints").glob("step-*")):
+        if stopped:
             print(f"go on with: mmsa-dist train --resume {folder}", file=sys.stderr)
         raise
 
