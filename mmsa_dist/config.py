@@ -58,7 +58,8 @@ class DataConfig(Strict):
     quarantine: bool = False
     """Leave damaged shards out instead of stopping at them: all are read and checked before the run begins."""
     without: tuple[str, ...] = ()
-    """Shards not to use, e.g. DATA/train-00003.tar; what quarantine found is kept here, so that a restart agrees."""
+    """Shards not to use, each as the data set's name and the tar's: mosi/train-00003.tar. What quarantine found is kept
+    here, so that a restart agrees."""
 
     @property
     def paths(self) -> tuple[str, ...]:

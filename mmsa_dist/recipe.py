@@ -6,6 +6,7 @@ Packaged recipes are ``recipes/<system>.<data set>.yaml``; each value there says
 import contextlib
 import difflib
 import io
+import itertools
 import re
 from functools import cache
 from pathlib import Path
@@ -190,16 +191,23 @@ def _data_set_name(overrides: list[str]) -> str | None:
     """``mosi`` for ``--data FOLDER`` whose index is called mosi, synthetic-mosi, mosi-poria, …"""
     for flag in ("--data", "--data.path"):
         for i, word in enumerate(overrides):
-            value = overrides[i + 1] if word == flag and i + 1 < len(overrides) else None
-            if word.startswith(f"{flag}="):
-                value = word.partition("=")[2]
-            if value is not None:
+            paths: list[str] = []
+            if word == flag:
+                paths = list(itertools.takewhile(lambda word: not word.startswith("-"), overrides[i + 1 :]))
+            elif word.startswith(f"{flag}="):
+                paths = [word.partition("=")[2]]
+            if paths:
                 from shards.index import Index
 
-                name = Index.load(value).name.lower()
-                parts = re.split(r"[^a-z0-9]+", name)
-                return next((part for part in parts if part in ("mosi", "mosei", "sims", "simsv2", "iemocap")), None)
+                found = {_published(Index.load(path).name) for path in paths}
+                return found.pop() if len(found) == 1 else None  # sets of a mix may have recipes that differ
     return None
+
+
+def _published(name: str) -> str | None:
+    """The published set that a data set's name tells."""
+    parts = re.split(r"[^a-z0-9]+", name.lower())
+    return next((part for part in parts if part in ("mosi", "mosei", "sims", "simsv2", "iemocap")), None)
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -229,6 +229,7 @@ def pad(
     lengths = [0 if a is None else len(a) for a in arrays]
     longest = max(1, *lengths) if lengths else 1
     shape = (len(arrays), longest) if width is None else (len(arrays), longest, width)
+    serial = torch.get_num_threads() == 1
     # not zeros: recycled memory would be zeroed whole, of which most is written again
     out = np.empty(shape, dtype=np.int64 if width is None else np.float32)
     for row, array, length in zip(out, arrays, lengths, strict=True):
@@ -236,7 +237,7 @@ def pad(
         if array is None or not length:
             continue
         if array.dtype == np.float16 and array.flags.writeable:
-            _convert(torch.from_numpy(array), torch.from_numpy(row[:length]))
+            _convert(torch.from_numpy(array), torch.from_numpy(row[:length]), serial)
         else:
             row[:length] = array
         if standard is not None:
@@ -248,12 +249,13 @@ def pad(
     )
 
 
-def _convert(halves: Tensor, out: Tensor) -> None:
+def _convert(halves: Tensor, out: Tensor, serial: bool) -> None:
     """Copies float16 to float32, (T, D): the one copy on the way of a sample. NumPy takes six times as long.
 
-    In pieces below the size at which torch would start its pool of threads, from each reader thread.
+    Unless torch works `serial` anyway, in pieces below the size at which it would start its pool of threads, from each
+    reader thread.
     """
-    if halves.numel() <= _SERIAL:
+    if serial or halves.numel() <= _SERIAL:
         out.copy_(halves)
         return
     steps = max(1, _SERIAL // halves.shape[1])

@@ -12,8 +12,9 @@ import tyro
 from shards.errors import ConfigError, DataError
 from shards.formats import FORMATS
 from shards.index import Index
+from shards.options import Flag, option
 from shards.progress import console, meter, remarks, track
-from shards.suggest import nearest
+from shards.suggest import counted, nearest, told_bytes
 from shards.utterance import SPLITS
 from shards.write import MEGABYTE
 
@@ -31,8 +32,10 @@ formats:
 
 examples:
   mmsa-dist pack mmsa MOSI/Processed/unaligned_50.pkl --out data/mosi
+  mmsa-dist pack mult mosi_data_noalign.pkl --out data/mosi-mult
   mmsa-dist pack table utterances.csv features.npz --split split_official --audio audio_opensmile --out data/mosi
   mmsa-dist pack folder label.csv features --out data/mine
+  mmsa-dist pack csd --labels CMU_MOSI_Opinion_Labels.csd --audio CMU_MOSI_COVAREP.csd --folds folds.yaml --out data/csd
   mmsa-dist pack generated --like mosi --out data/synthetic
 
 `mmsa-dist pack FORMAT --help` lists the options of a format."""
@@ -77,13 +80,13 @@ def pack(argv: list[str]) -> int:
 class Inspect:
     """Shows what a packed data set holds."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    folder: Annotated[tyro.conf.Positional[str], option("FOLDER")]
     """Folder that `mmsa-dist pack` wrote, or its address (s3://bucket/mosi)."""
-    json: bool = False
+    json: Flag = False
     """Print it as JSON."""
-    fast: bool = False
+    fast: Flag = False
     """Do not compare the transcripts of the splits, which reads every shard (and fetches remote ones)."""
-    picture: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    picture: Annotated[Path | None, option("FILE.png")] = None
     """Also draw labels and lengths, per split."""
 
 
@@ -112,13 +115,13 @@ def inspect(argv: list[str]) -> int:
 class Unpack:
     """Writes a packed data set as a feature pickle of the MMSA toolkit, for other programs to train on."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    folder: Annotated[tyro.conf.Positional[str], option("FOLDER")]
     """Folder that `mmsa-dist pack` wrote, or its address (s3://bucket/mosi)."""
-    to: Annotated[Path, tyro.conf.arg(metavar="FILE.pkl")]
+    to: Annotated[Path, option("FILE.pkl")]
     """The pickle to write."""
     layout: Literal["auto", "aligned", "unaligned"] = "auto"
-    """aligned: one length for all modalities; unaligned: lengths of their own. Default: as the source was."""
-    overwrite: bool = False
+    """aligned: one length for all modalities; unaligned: lengths of their own; auto: as the source was."""
+    overwrite: Flag = False
     """Replace the file if it is there."""
 
 
@@ -139,12 +142,12 @@ def unpack(argv: list[str]) -> int:
         )
     for note in notes:
         remarks.print(f"note: {note}", soft_wrap=True, markup=False)
-    print(f"{options.to}: {index.num_samples:,} samples, {options.to.stat().st_size / MEGABYTE:,.1f} MB")
+    print(f"{options.to}: {counted(index.num_samples, 'sample')}, {told_bytes(options.to.stat().st_size)}")
     return 0
 
 
-_Place = Annotated[str | None, tyro.conf.arg(metavar="MEMBER[:FIELD]")]
-_Globs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATTERN...")]
+_Place = Annotated[str | None, option("MEMBER[:FIELD]")]
+_Globs = Annotated[tuple[str, ...], option("PATTERN...")]
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,9 @@ class IndexTars:
     are read where they stand, so they must be in .npy, .npz (np.savez) or .safetensors members.
     """
 
-    tars: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TAR...")]
+    tars: Annotated[tyro.conf.Positional[tuple[Path, ...]], option("TAR...")]
     """The tars, or folders of them; each of one split."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    out: Annotated[Path | None, option("FOLDER")] = None
     """Folder for the index, with links to the tars. Default: beside the tars."""
     text: _Place = None
     """Text features, e.g. text.npy."""
@@ -193,17 +196,17 @@ class IndexTars:
     """Names of the tars of the valid split."""
     test: _Globs = ()
     """Names of the tars of the test split."""
-    label_range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    label_range: Annotated[tuple[float, float] | None, option("LOW HIGH")] = None
     """Lowest and highest possible label. Default: -1 1 where there are unimodal labels (SIMS), else -3 3."""
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    name: Annotated[str | None, option("NAME")] = None
     """Name of the data set. Default: the folder's."""
-    allow_absent: bool = False
+    allow_absent: Flag = False
     """Samples may lack a modality, or their transcript."""
-    strip_padding: bool = False
+    strip_padding: Flag = False
     """Steps at a sample's end that are all zero are padding."""
-    overwrite: bool = False
+    overwrite: Flag = False
     """Replace an index that is there."""
-    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    workers: Annotated[int | None, option("N")] = None
     """Processes that read, 1 for none beside this one. Default: one a core, fewer where there is little to do."""
 
 
@@ -241,11 +244,12 @@ def _tell(index: Index, notes: list[str], folder: Path) -> None:
     """What became of a packing or an indexing."""
     for note in notes:
         remarks.print(f"note: {note}", soft_wrap=True, markup=False)
-    stored = sum(shard.bytes + shard.table_bytes for shard in index.shards) / MEGABYTE
+    stored = sum(shard.bytes + shard.table_bytes for shard in index.shards)
     counts = ", ".join(f"{split} {count:,}" for split, count in index.splits.items())
     modalities = ", ".join(f"{m} {part.width}" for m, part in index.modalities.items())
     what = modalities or "transcripts only"
-    print(f"{index.name}: {counts} samples; {what}; {len(index.shards)} shards, {stored:,.1f} MB")
+    shards = counted(len(index.shards), "shard")
+    print(f"{index.name}: {counts} samples; {what}; {shards}, {told_bytes(stored)}")
     print(f"see what is inside with: mmsa-dist inspect {folder}")
 
 
@@ -253,7 +257,7 @@ def _tell(index: Index, notes: list[str], folder: Path) -> None:
 class Verify:
     """Checks every checksum of a packed data set, and that each shard holds what the index says."""
 
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    folder: Annotated[tyro.conf.Positional[str], option("FOLDER")]
     """Folder that `mmsa-dist pack` wrote, or its address (s3://bucket/mosi)."""
 
 
@@ -270,5 +274,5 @@ def verify(argv: list[str]) -> int:
             f"{index.where}: {len(wrong)} of {2 * len(numbers)} files are not what was packed; copy them again, or "
             "pack again:\n  " + "\n  ".join(wrong)
         )
-    print(f"{index.name}: {len(numbers)} shards, {index.num_samples:,} samples, every checksum as packed")
+    print(f"{index.name}: {counted(len(numbers), 'shard')}, {index.num_samples:,} samples, every checksum as packed")
     return 0

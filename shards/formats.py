@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from shards.errors import ConfigError
+from shards.options import Flag, option
 from shards.remote.url import SCHEMES
 from shards.sources import Source
 from shards.sources.columns import Columns, CsvColumns, FileColumns
@@ -23,25 +24,25 @@ Told = TypeVar("Told", bound=CsvColumns)
 class Target(ABC):
     """What every format needs: where to, and how."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    out: Annotated[Path, option("FOLDER")]
     """Folder to make."""
-    name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Name of the data set. Default: from the file's."""
+    name: Annotated[str | None, option("NAME")] = None
+    """Name of the data set. Default: from the file's, or its folder's."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format of the stored features; computing is in float32 either way."""
     seed: int = 0
     """Seed of the order in which samples are stored (and of generated or held-out ones)."""
-    shard_size: Annotated[float, tyro.conf.arg(metavar="MB")] = 64
+    shard_size: Annotated[float, option("MB")] = 64
     """About how many megabytes a shard has."""
-    overwrite: bool = False
+    overwrite: Flag = False
     """Replace the data set that FOLDER holds."""
-    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    workers: Annotated[int | None, option("N")] = None
     """Processes that pack, 1 for none beside this one. Default: one a core, at most 16, fewer where there is little to
     do. The result does not depend on it."""
-    ray: bool = False
-    """Let Ray tasks pack: on the cluster of --address or RAY_ADDRESS, else on a Ray of this machine alone. FOLDER must
-    then be on a file system that all nodes share, and the input at the same path on each of them."""
-    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    ray: Flag = False
+    """Let Ray tasks pack: on the cluster of --address or RAY_ADDRESS, else on a Ray of this machine alone. All nodes
+    need FOLDER and the input at the same path."""
+    address: Annotated[str | None, option("HOST:PORT")] = None
     """Of the Ray cluster; auto finds the one of this machine."""
 
     def check(self) -> None:
@@ -76,7 +77,7 @@ class Target(ABC):
 class Labelled(Target, ABC):
     """Of a format that does not tell its labels' range."""
 
-    label_range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    label_range: Annotated[tuple[float, float] | None, option("LOW HIGH")] = None
     """Lowest and highest possible label. Default: -1 1 where there are unimodal labels (SIMS), else -3 3."""
 
     def check(self) -> None:
@@ -90,7 +91,7 @@ class Labelled(Target, ABC):
 class PackMmsa(Labelled):
     """Packs the feature pickle of the MMSA toolkit."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.pkl")]
+    file: Annotated[tyro.conf.Positional[Path], option("FILE.pkl")]
     """The pickle, e.g. MOSI/Processed/unaligned_50.pkl. Anything in it but arrays and plain values is refused."""
     modalities: tuple[Literal["text", "audio", "vision"], ...] = ("text", "audio", "vision")
     """Features to keep."""
@@ -105,7 +106,7 @@ class PackMmsa(Labelled):
 class PackMult(Target):
     """Packs the pickle of MulT: of MOSI and MOSEI with intensities as labels, of IEMOCAP with four emotions."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.pkl")]
+    file: Annotated[tyro.conf.Positional[Path], option("FILE.pkl")]
     """The pickle, e.g. mosi_data_noalign.pkl. Anything in it but arrays and plain values is refused."""
     modalities: tuple[Literal["text", "audio", "vision"], ...] = ("text", "audio", "vision")
     """Features to keep."""
@@ -120,11 +121,11 @@ class PackMult(Target):
 class Tabular(Labelled, ABC):
     """Of a format with a csv of one row an utterance."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE.csv")]
+    file: Annotated[tyro.conf.Positional[Path], option("FILE.csv")]
     """The csv."""
-    columns: Annotated[Path | None, tyro.conf.arg(metavar="FILE.yaml")] = None
+    columns: Annotated[Path | None, option("FILE.yaml")] = None
     """YAML file with any of the options below (label_text: my_column); options given here win."""
-    hold_out_valid: Annotated[int, tyro.conf.arg(metavar="VIDEOS")] = 0
+    hold_out_valid: Annotated[int, option("VIDEOS")] = 0
     """Where the split column has no valid rows: take so many training videos, chosen by the seed, as valid."""
 
     def chosen(self, told: Told) -> Told:
@@ -142,7 +143,7 @@ class PackTable(Tabular):
     a second array of lengths, sequences of their own lengths, padded or one after another.
     """
 
-    features: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="FILE.npz")] = None
+    features: Annotated[tyro.conf.Positional[Path | None], option("FILE.npz")] = None
     """The npz. Without it, transcripts are all there is."""
     told: Annotated[Columns, tyro.conf.arg(name="")] = field(default_factory=Columns)
 
@@ -166,9 +167,9 @@ class PackFolder(Tabular):
     An utterance has a .npy for each modality, or one .npz, as --files says; an array is (T, D), of any length.
     """
 
-    features: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    features: Annotated[tyro.conf.Positional[Path], option("FOLDER")]
     """The folder of features."""
-    strict: bool = False
+    strict: Flag = False
     """Stop where a file is missing. Without it, the utterance lacks that modality."""
     told: Annotated[FileColumns, tyro.conf.arg(name="")] = field(default_factory=FileColumns)
 
@@ -188,25 +189,31 @@ class PackFolder(Tabular):
 
 @dataclass(frozen=True, kw_only=True)
 class PackCsd(Labelled):
-    """Packs computational sequences (.csd) of the CMU-MultimodalSDK, cut to the segments that have labels."""
+    """Packs computational sequences (.csd) of the CMU-MultimodalSDK, cut to the segments that have labels.
 
-    labels: Annotated[Path, tyro.conf.arg(metavar="FILE.csd")]
+    For example: mmsa-dist pack csd --labels CMU_MOSI_Opinion_Labels.csd --folds folds.yaml --out data/mosi
+    --text CMU_MOSI_TimestampedWordVectors.csd --audio CMU_MOSI_COVAREP.csd --vision CMU_MOSI_Visual_Facet_42.csd
+    """
+
+    label_range: Annotated[tuple[float, float] | None, option("LOW HIGH")] = None
+    """Lowest and highest possible label. Default: -3 3."""
+    labels: Annotated[Path, option("FILE.csd")]
     """Sequence of the labels: its intervals are the segments, which become the samples."""
-    folds: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")]
+    folds: Annotated[tuple[Path, ...], option("FILE...")]
     """Which video is in which split: a YAML or JSON file with a list of video ids under each of train, valid and test,
     or three text files in that order, one id a line."""
-    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    text: Annotated[Path | None, option("FILE.csd")] = None
     """Sequence of text features, e.g. word vectors."""
-    audio: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    audio: Annotated[Path | None, option("FILE.csd")] = None
     """Sequence of audio features, e.g. COVAREP."""
-    vision: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    vision: Annotated[Path | None, option("FILE.csd")] = None
     """Sequence of vision features, e.g. Facet or OpenFace."""
-    words: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csd")] = None
+    words: Annotated[Path | None, option("FILE.csd")] = None
     """Sequence of the words themselves (TimestampedWords): makes the transcripts. Pauses (sp) are left out."""
     align: Literal["segments", "words"] = "segments"
     """segments: each modality keeps its own steps. words: one step a word, the mean of those during it, or zeros where
     there are none; words are those of --words or, without it, the steps of --text."""
-    label_column: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    label_column: Annotated[int, option("N")] = 0
     """Column of the labels to take. MOSEI: 0 sentiment, 1 happy, 2 sad, 3 anger, 4 surprise, 5 disgust, 6 fear."""
 
     def source(self) -> Source:
@@ -230,7 +237,7 @@ class PackGenerated(Target):
 
     like: Literal["mosi", "mosei", "sims"] = "mosi"
     """Data set whose size, widths, lengths and labels to imitate."""
-    samples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    samples: Annotated[int | None, option("N")] = None
     """Samples over all splits, in that data set's proportions. Default: its own number."""
 
     def source(self) -> Source:

@@ -23,6 +23,11 @@ CONSTANT = 1e-8
 """A standard deviation below it is none; `shards.batch.Standard` does not divide by it either."""
 LARGE = 100.0
 """Features of this deviation drown the others where they are not standardised."""
+UNLIKE = 1000.0
+"""So do those that deviate as many times as much as others."""
+SORTED = 0.2
+"""Labels that correlate more than this with their place on disk are not shuffled there; chance does it at most once in
+ten thousand times, which four standard errors are (see `_order`)."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,26 @@ def _labels(index: Index, task: str, labels: NDArray[np.float32]) -> dict[str, A
         "mean": {split: float(part.mean()) if len(part) else None for split, part in known.items()},
         "std": {split: float(part.std()) if len(part) else None for split, part in known.items()},
         "zero": {split: float((part == 0).mean()) if len(part) else None for split, part in known.items()},
+        "whole": [int(label) for label in np.unique(every)] if (every == np.rint(every)).all() and few else None,
+        "order": _order(index, labels),
     }
+
+
+def _order(index: Index, labels: NDArray[np.float32]) -> float | None:
+    """How train's labels correlate with their place on disk, -1..1; None where that is chance, or too few to tell.
+
+    Spearman's correlation of label and number; or, where tars each hold labels of their own but in no order, the
+    correlation ratio: the square root of what the tars' means explain of the variance.
+    """
+    numbers = index.numbers("train")
+    place = np.arange(numbers.start, numbers.stop)
+    values = labels[numbers.start : numbers.stop]
+    place, values = place[~np.isnan(values)], values[~np.isnan(values)].astype(np.float64)
+    if len(values) < 20 or not values.std():
+        return None
+    ranks = np.unique(values, return_inverse=True, return_counts=True)
+    middle = np.cumsum(ranks[2]) - (ranks[2] - 1) / 2  # rank of each distinct label, ties sharing their mean
+    return round(float(np.corrcoef(np.arange(len(place)), middle[ranks[1]])[0, 1]), 4)
 
 
 # --- what deserves a second look, in sentences

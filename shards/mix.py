@@ -152,9 +152,16 @@ class Mix:
         return {m: self._merged(m) for m in self._used}
 
     def notes(self) -> list[str]:
-        """What is left out because not all sets have it, in sentences."""
+        """What one might not expect of the mix, in sentences: what not all sets have, and how often each set comes."""
         said = []
-        for part in self.parts:
+        for part, share in zip(self.parts, self.shares, strict=True):
+            passes = self.splits["train"] * share / sum(self.shares) / part.splits["train"]
+            if not 0.1 <= passes <= 3:
+                said.append(
+                    f"an epoch has {passes:,.2g} passes over {part.name} ({part.splits['train']:,} train samples)"
+                )
+            if lost := [split for split in SPLITS[1:] if not part.splits.get(split) and self.splits[split]]:
+                said.append(f"{part.name} has no {' and no '.join(lost)} samples: those of the other sets stand alone")
             if lost := [task for task in part.tasks if task not in self.tasks]:
                 said.append(f"labels {', '.join(lost)} of {part.name} are not used: not all sets of the mix have them")
             if lacking := [m for m in self._used if m not in part.modalities]:
@@ -383,10 +390,10 @@ def open_reader(index: AnyIndex, verify: bool = True, open_shards: int = 16) -> 
 
 def _shares(parts: Sequence[Index], weights: Sequence[float] | None) -> tuple[int, ...]:
     """The weights as small integers; the train splits' sizes where there are none."""
+    for part in parts:
+        if not part.splits.get("train"):
+            raise ConfigError(f"data.path: {part.name} has no train samples; leave it out of the mix")
     if weights is None:
-        for part in parts:
-            if not part.splits.get("train"):
-                raise ConfigError(f"data.path: {part.name} has no train samples; leave it out of the mix")
         return reduced(part.splits["train"] for part in parts)
     if len(weights) != len(parts):
         names = ", ".join(part.name for part in parts)
@@ -396,5 +403,6 @@ def _shares(parts: Sequence[Index], weights: Sequence[float] | None) -> tuple[in
     exact = [Fraction(str(weight)) for weight in weights]
     shares = reduced(int(share * lcm(*(f.denominator for f in exact))) for share in exact)
     if sum(shares) > MOST_SHARES:
-        raise ConfigError(f"data.weights: {', '.join(map(str, weights))} have too many digits; round them")
+        given = ", ".join(map(str, weights))
+        raise ConfigError(f"data.weights: {given} lie too far apart or have too many digits; round them")
     return shares

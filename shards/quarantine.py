@@ -28,8 +28,8 @@ class Damaged:
 
 
 def address(index: Index, shard_no: int) -> str:
-    """What a shard is called outside its data set."""
-    return f"{index.where}/{index.shards[shard_no].url}"
+    """What a shard is called outside its data set, wherever that lies: its name, then the tar's."""
+    return f"{index.name}/{index.shards[shard_no].url}"
 
 
 def damaged(index: Index) -> list[Damaged]:
@@ -58,7 +58,7 @@ def without(indexes: Sequence[Index], addresses: Collection[str]) -> list[Index]
     known = {address(index, n) for index, numbers in zip(indexes, left, strict=True) for n in numbers}
     if unknown := set(addresses) - known:
         raise ConfigError(
-            f"data.without: {min(unknown)} is no shard of {', '.join(index.where for index in indexes)}; give "
-            "addresses like DATA/train-00003.tar"
+            f"data.without: {min(unknown)} is no shard of {', '.join(index.where for index in indexes)}; give the data "
+            f"set's name and the tar's, like {address(indexes[0], 0)}"
         )
     return [index.without(numbers) if numbers else index for index, numbers in zip(indexes, left, strict=True)]

@@ -10,6 +10,7 @@ Shapes: N samples of a split, T padded steps, D width.
 import errno
 import fcntl
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,13 +25,16 @@ from shards.index import Index
 from shards.packing.job import stored_order
 from shards.pickled import Pickler, Streamed
 from shards.read import ShardReader
-from shards.utterance import MODALITIES, SPLITS
+from shards.utterance import MODALITIES, SPLITS, Utterance
 
 LAYOUTS = ("auto", "aligned", "unaligned")
 
 _SENTIMENTS = np.array(["Negative", "Neutral", "Positive", ""])
 _MAPPED = 4096
 """Shards mapped at a time; Linux allows some 65,000 mappings."""
+
+_SPARE = 64
+"""File descriptors for all else: each mapped shard has one."""
 
 Report = Callable[[int], None]
 
@@ -57,7 +61,7 @@ def unpack(
     Raises:
         ConfigError: `file` is there or cannot be written; the data do not fit the layout, or are classes.
         DataError: a shard is damaged.
-        TransientError: the disk is full.
+        TransientError: the disk is full, or the data set cannot be read just now.
     """
     if "M" not in index.tasks:
         raise ConfigError(
@@ -70,10 +74,16 @@ def unpack(
     parts = {split: _Part.of(index, split) for split in SPLITS if index.splits.get(split)}
     shape = _Shape.of(index, parts, layout)
     # the source's order goes to and fro among the shards: they stay mapped
-    reader = ShardReader(index, open_shards=min(len(index.shards), _MAPPED))
+    reader = ShardReader(index, open_shards=min(len(index.shards), _mappable()))
     with _explained(file), reader, _whole_or_not(file) as out:
         Pickler(out).dump({s: _content(index, reader, part, shape, report) for s, part in parts.items()})
     return _notes(index, parts, shape)
+
+
+def _mappable() -> int:
+    """Shards that may be mapped at a time: this process has one file descriptor for each, and one for its table."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAPPED if allowed == resource.RLIM_INFINITY else max(1, min(_MAPPED, (allowed - _SPARE) // 2))
 
 
 def passes(index: Index) -> int:
@@ -100,15 +110,20 @@ class _Part:
     @classmethod
     def of(cls, index: Index, split: str) -> "_Part":
         numbers = index.numbers(split)
-        tables = [index.table(shard_no) for shard_no in index.shards_of(split)]
+        names = ["key", *(f"length_{m}" for m in index.modalities), "n_tokens", *(f"label_{t}" for t in index.tasks)]
+        held: dict[str, list[Any]] = {name: [] for name in names}
+        for shard_no in index.shards_of(split):
+            table = index.table(shard_no)
+            for name in names:  # copied, so that no table stays open
+                held[name].append(table[name].to_pylist() if name == "key" else table[name].to_numpy().copy())
         stored = stored_order(index.seed, split, len(numbers))
         # shards of somebody else (they have a layout) are indexed in place, in their own order
         order = np.arange(len(numbers)) if index.layout else np.argsort(stored)
 
         def column(name: str) -> np.ndarray:
-            return np.concatenate([table[name].to_numpy() for table in tables])[order]
+            return np.concatenate(held[name])[order]
 
-        keys = [key for table in tables for key in table["key"].to_pylist()]
+        keys = [key for its in held["key"] for key in its]
         return cls(
             numbers=numbers.start + order,
             keys=[keys[n] for n in order],
@@ -195,12 +210,22 @@ def _content(index: Index, reader: ShardReader, part: _Part, shape: _Shape, repo
     return content
 
 
+def _sample(reader: ShardReader, number: int, with_text: bool = False) -> Utterance:
+    """A sample; what fails here is none of the written file's."""
+    try:
+        return reader.sample(number, with_text)
+    except OSError as error:
+        raise TransientError(
+            f"{reader.index.where} cannot be read: {error.strerror or error}; nothing was written, try again"
+        ) from error
+
+
 def _texts(index: Index, reader: ShardReader, part: _Part, report: Report) -> list[str]:
     if not index.has_raw_text:
         return [""] * len(part.keys)  # MMSA wants the key
     texts = []
     for number in part.numbers:
-        texts.append(reader.sample(number, with_text=True).raw_text or "")
+        texts.append(_sample(reader, number, with_text=True).raw_text or "")
         report(1)
     return texts
 
@@ -209,7 +234,7 @@ def _padded(reader: ShardReader, part: _Part, name: str, size: tuple[int, int], 
     """(T, D) float32 for each sample."""
     for number in part.numbers:
         row = np.zeros(size, np.float32)
-        values = reader.sample(number).modalities.get(name)
+        values = _sample(reader, number).modalities.get(name)
         if values is not None:
             row[: len(values)] = values
         yield row
@@ -220,7 +245,7 @@ def _masked(reader: ShardReader, part: _Part, steps: int, report: Report) -> Ite
     """(3, T) int64 for each sample: ids, mask, segment."""
     for number in part.numbers:
         row = np.zeros((3, steps), np.int64)
-        tokens = reader.sample(number).tokens
+        tokens = _sample(reader, number).tokens
         if tokens is not None:
             row[0, : len(tokens)] = tokens
             row[1, : len(tokens)] = 1

@@ -23,7 +23,7 @@ from shards.packing.job import Division, Job, installed
 from shards.packing.processes import Crew, Here, LostError, Processes, chosen
 from shards.packing.shard import Report, make
 from shards.packing.tally import Tally
-from shards.sources import Source
+from shards.sources import Source, check_unchanged
 from shards.utterance import SPLITS
 from shards.workspace import check_target, finished, publish, workspace
 
@@ -73,7 +73,7 @@ def pack(
         The index, and what was odd or mended, in sentences.
 
     Raises:
-        DataError: a sample is not as it should be.
+        DataError: a sample is not as it should be, or the input was changed in the meantime.
         ConfigError: `out` is taken, or cannot be written.
         TransientError: the disk is full; or a writing process was killed. Nothing half-written stays behind in any
             case; shards that are finished stay, in the hidden folder, where the packing was killed or interrupted.
@@ -89,6 +89,7 @@ def pack(
             packing.division = packing.job.divide()
             packing.write(folder, packing.crew(folder, workers, ray), show)
             packing.index(folder, _named(name or source.name, source.synthetic)).save()
+            check_unchanged(source)
             publish(folder, out, overwrite)
     except OSError as error:
         raise _explained(error, out, packing) from error
@@ -135,10 +136,11 @@ class _Packing:
                 self.samples += samples
                 tell(samples, written)
 
+            last = sum(piece.split == "train" for piece in pieces) - 1  # of train, which is the first split
             for piece, record in zip(pieces, crew.work(pieces, report), strict=True):
                 self.tally.merge(record)
                 self._shards.append(record.shard)
-                if piece.split == "train" and pieces[piece.number + 1].split != "train":
+                if piece.number == last:
                     self.tally.cleaner.check_something_finite()
 
     def index(self, folder: Path, name: str) -> Index:
@@ -179,7 +181,7 @@ class _Packing:
 
 
 def _check_counts(source: Source) -> None:
-    for split in SPLITS:
+    for split in SPLITS if source.tasks else ():  # without labels it is there to be predicted: any split will do
         if not source.counts.get(split):
             raise DataError(
                 f"{source.where}: the {split} split is empty; a data set needs samples in each of {', '.join(SPLITS)}"

@@ -14,6 +14,7 @@ from typing import Any, Self
 from benchmarks.data.readers import READERS
 from benchmarks.data.sets import FORMATS
 from benchmarks.record import ROOT
+from mmsa_dist.launch import RANK_ENVIRONMENT
 
 Rates = dict[str, dict[str, dict[str, list[dict[str, float]]]]]
 """name -> readers -> "cold" or "warm" -> one rate a round; a name whose package is missing has none."""
@@ -31,6 +32,7 @@ class Child:
         paths = [str(path) for path in (ROOT, rivals) if path]
         environment = {
             **os.environ,
+            **RANK_ENVIRONMENT,  # for every contestant: freed memory stays, as it does in a rank
             "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "MMSA_CACHE": str(cache),

@@ -75,6 +75,8 @@ class Job:
         total = 0
         for split in SPLITS:
             count = self.source.counts[split]
+            if not count:
+                continue
             order = stored_order(self.seed, split, count)
             stored = self._size(split, order[:_MEASURED]) * count // min(count, _MEASURED)
             shards = min(count, max(1, -(-stored // max(1, self.shard_bytes))))

@@ -15,7 +15,7 @@ from shards.files import sha256_of
 from shards.index import Shard
 from shards.packing.job import Piece
 from shards.packing.tally import Tally
-from shards.sources import Source
+from shards.sources import Source, check_unchanged
 from shards.tar import ShardWriter
 from shards.workspace import DONE
 
@@ -81,7 +81,7 @@ def make(source: Source, dtype: str, folder: Path, piece: Piece, report: Report)
     """Makes the shard in `folder`, or takes the one that an earlier packing has finished there.
 
     Raises:
-        DataError: a sample is not as it should be.
+        DataError: a sample is not as it should be, or the input was changed while it was read.
         OSError: it cannot be written.
     """
     record = Record.found(folder, piece.stem)
@@ -95,6 +95,7 @@ def make(source: Source, dtype: str, folder: Path, piece: Piece, report: Report)
             before = writer.bytes
             writer.add(tally.prepare(source.read(piece.split, int(number)), dtype))
             report(1, writer.bytes - before)
+        check_unchanged(source)
         record = Record.of(writer.close(), tally)
     except BaseException:
         writer.abandon()

@@ -5,7 +5,7 @@ does.
 """
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from shards.utterance import Utterance
 
@@ -60,3 +60,24 @@ class Source(Protocol):
     def notes(self) -> list[str]:
         """What is odd about the whole but not wrong, in sentences for the report after packing."""
         ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A source whose file is read while it is packed, and that can tell whether it is the same still."""
+
+    def unchanged(self) -> None:
+        """Raises:
+        DataError: the file is not the one that was opened.
+        """
+        ...
+
+
+def check_unchanged(source: Source) -> None:
+    """That what was read of a `Watched` source is what its checksum is of.
+
+    Raises:
+        DataError: its file was changed in the meantime.
+    """
+    if isinstance(source, Watched):
+        source.unchanged()

@@ -11,6 +11,7 @@ import numpy as np
 
 from shards.errors import DataError
 from shards.sources import Source
+from shards.suggest import counted, has, was
 from shards.utterance import Utterance
 
 
@@ -77,8 +78,17 @@ class Cleaner:
 
     def notes(self) -> list[str]:
         """What was mended, in sentences."""
-        zeroed = [f"{name}: {n:,} values were NaN or infinite; zeroed" for name, n in self.non_finite.items() if n]
-        absent = [f"{name}: {n:,} samples have none; marked absent" for name, n in self.absent.items() if n]
+        known = getattr(self._source, "files_missing", {})  # the source says so itself, with an example
+        zeroed = [
+            f"{name}: {counted(n, 'value')} {was(n)} NaN or infinite; zeroed"
+            for name, n in self.non_finite.items()
+            if n
+        ]
+        absent = [
+            f"{name}: {counted(n, 'sample')} {has(n)} none; marked absent"
+            for name, n in self.absent.items()
+            if n and n != known.get(name)
+        ]
         return zeroed + absent
 
     def _at(self, utterance: Utterance) -> str:

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import ConfigError
+from shards.options import option
 from shards.suggest import nearest
 
-_Column = Annotated[str | None, tyro.conf.arg(metavar="COLUMN")]
-_Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
-_Array = Annotated[str | None, tyro.conf.arg(metavar="ARRAY")]
+_Column = Annotated[str | None, option("COLUMN")]
+_Name = Annotated[str, option("NAME")]
+_Array = Annotated[str | None, option("ARRAY")]
 
 
 class CsvColumns(BaseModel):
@@ -21,12 +21,12 @@ class CsvColumns(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    id: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN...")] = ()
+    id: Annotated[tuple[str, ...], option("COLUMN...")] = ()
     """Columns that make the id, joined with "_"; or a pattern like {video_id}[{clip_id}]. Default: video_id clip_id."""
     split: _Column = None
     """Column that holds train, valid (val, dev) or test. Default: split, or mode."""
     label: _Column = None
-    """Column of the multimodal label. Default: label."""
+    """Column of the multimodal label. Default: label; none for utterances without labels, to be predicted."""
     label_text: _Column = None
     """Column of the label of the text alone. Default: label_T where there is one."""
     label_audio: _Column = None
@@ -79,7 +79,7 @@ class Columns(CsvColumns):
 class FileColumns(CsvColumns):
     """Where the features of a row are, besides."""
 
-    files: Annotated[str, tyro.conf.arg(metavar="PATTERN")] = "{modality}/{video_id}/{clip_id}.npy"
+    files: Annotated[str, option("PATTERN")] = "{modality}/{video_id}/{clip_id}.npy"
     """Path of an utterance's file in the folder; {column} stands for what the row has there. With {modality} (text,
     audio, vision) a .npy for each; without it, e.g. {video_id}_{clip_id}.npz, one .npz with arrays of these names."""
     text_features: _Name = "text"

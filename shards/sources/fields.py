@@ -13,6 +13,20 @@ from shards.errors import DataError
 from shards.sources import pickles
 from shards.utterance import SPLITS
 
+_SCALARS = frozenset((int, float, bool))
+
+MOST_PARTS = 100
+"""Parts of an id that is told in parts: more than any has."""
+
+_BITS = 256
+"""Of a whole number that is a name: Python refuses to spell out those of some 14,000."""
+
+_SHOWN = 80
+"""Characters of a key that a message shows."""
+
+_LEAVES, _SHARED, _WORD = 1 << 24, 1 << 10, 100
+"""Numbers in a list that are always taken; how often each may stand in for others beyond that; letters of a string."""
+
 
 def splits(where: str, content: Any) -> dict[Any, Any]:
     """`content`, which has at least one split.
@@ -31,19 +45,33 @@ def splits(where: str, content: Any) -> dict[Any, Any]:
 
 def others(content: dict[Any, Any]) -> list[str]:
     """Sentences about what has no place in a data set: splits of one's own, as SIMSv2's of unlabelled samples."""
-    extra = [str(name) for name in content if name not in SPLITS]
+    extra = [shown(name) for name in content if name not in SPLITS]
     return [f"{', '.join(extra)}: is none of the splits {', '.join(SPLITS)}; left out"] if extra else []
 
 
 def listed(content: dict[Any, Any]) -> str:
-    return ", ".join(sorted(map(str, content))[:20])
+    return ", ".join(sorted(map(shown, content))[:20])
+
+
+def shown(key: object) -> str:
+    """A dict's key as messages name it."""
+    name = text(key)
+    return f"<{pickles.describe(key)}>" if name is None else name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
 
 
 def text(value: object) -> str | None:
-    """A string of any of the kinds that pickles hold; None for anything else."""
+    """A string of any of the kinds that pickles hold, a number of usual size too; None for anything else.
+
+    Bytes are taken as UTF-8, or where they are not, as Latin-1: so no two different ones become one.
+    """
+    if isinstance(value, pickles.ByteString):
+        value = value.encode("latin1")
     if isinstance(value, bytes | memoryview):
-        return str(value, "utf-8", "replace")
-    if isinstance(value, str | int | np.integer):
+        try:
+            return str(value, "utf-8")
+        except UnicodeDecodeError:
+            return str(value, "latin1")
+    if isinstance(value, str) or (isinstance(value, int | np.integer) and abs(int(value)).bit_length() <= _BITS):
         return str(value)
     return None
 
@@ -58,11 +86,69 @@ def rows(at: str, value: Any) -> Any:
 def array(at: str, value: Any) -> np.ndarray:
     """`value` as an array."""
     try:
+        _check_bounded(at, value)
         return np.asarray(value)
+    except MemoryError as error:
+        raise DataError(
+            f"{at} is {pickles.describe(value)} that does not fit into memory, expected an array"
+        ) from error
     except (ValueError, RecursionError) as error:  # a list may hold itself
         raise DataError(
             f"{at} is {pickles.describe(value)} whose entries differ in length or depth, expected an array"
         ) from error
+
+
+def _check_bounded(at: str, value: Any, arrays: bool = True) -> None:
+    """That the lists in `value` do not stand for far more numbers than the file can hold.
+
+    A list may hold another a thousand times, and that one a third: a few kB become more than any memory. A little of
+    that is usual (one row of zeros for all padding).
+
+    Args:
+        arrays: arrays within are copied, too; otherwise they count as one.
+
+    Raises:
+        DataError: they do, or a list holds itself, or a long string where numbers are expected.
+    """
+    if not isinstance(value, list | tuple):
+        return
+    counts: dict[int, int] = {}
+    held = 0
+
+    def counted(items: list[Any] | tuple[Any, ...]) -> int:
+        nonlocal held
+        if (known := counts.get(id(items))) is not None:
+            if known < 0:
+                raise RecursionError
+            return known
+        counts[id(items)] = -1
+        held += len(items)
+        total = len(items)
+        if not _SCALARS.issuperset(map(type, items)):
+            total = 0
+            for item in items:
+                if isinstance(item, list | tuple):
+                    total += counted(item)
+                elif isinstance(item, np.ndarray | memoryview) and arrays:
+                    total += item.nbytes
+                elif isinstance(item, str | bytes) and len(item) > _WORD:
+                    raise DataError(f"{at} is {pickles.describe(value)} with a string in it, expected numbers")
+                else:
+                    total += 1
+        counts[id(items)] = total
+        return total
+
+    try:
+        total = counted(value)
+    except RecursionError as error:
+        raise DataError(
+            f"{at} is {pickles.describe(value)} whose entries differ in length or depth, expected an array"
+        ) from error
+    if total > max(_LEAVES, _SHARED * held):
+        raise DataError(
+            f"{at} is {pickles.describe(value)} that hold each other so often that they stand for more than "
+            f"{total - 1:.0e} numbers; expected an array"
+        )
 
 
 def numbers(at: str, value: Any) -> np.ndarray:
@@ -89,6 +175,7 @@ def features(at: str, value: Any) -> tuple[Sequence[np.ndarray], int | None]:
         if value.ndim != 3 or value.dtype.kind not in "iuf":
             raise DataError(f"{at} is {pickles.describe(value)}, expected numbers (N, T, D)")
         return value, value.shape[1]
+    _check_bounded(at, list(value), arrays=False)
     samples = [array(f"{at}[{number}]", item) for number, item in enumerate(value)]
     alike = len({sample.shape for sample in samples}) == 1
     for number, sample in enumerate(samples):

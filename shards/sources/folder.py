@@ -22,7 +22,7 @@ from shards.sources.columns import FileColumns
 from shards.sources.pickles import describe
 from shards.sources.rows import Rows
 from shards.sources.table import CsvSource, Features
-from shards.suggest import counted
+from shards.suggest import counted, has
 from shards.utterance import MODALITIES
 
 
@@ -57,8 +57,12 @@ class FolderSource(CsvSource):
             return Files(folder, _paths(rows, ids, columns), columns, strict)
 
         super().__init__(table, rows, columns, files, label_range=label_range, hold_out_valid=hold_out_valid, seed=seed)
-        if table.stem == "label":  # of MMSA's raw sets: the folder has the name, as SIMS/label.csv
-            self.name = table.resolve().parent.name.lower() or self.name
+
+    @property
+    def files_missing(self) -> dict[str, int]:
+        """modality -> utterances without a file, as `notes` tells them."""
+        assert isinstance(self._features, Files)
+        return self._features.missing
 
 
 class Files:
@@ -69,6 +73,9 @@ class Files:
         paths: modality -> id -> path in the folder, whether or not there is such a file.
         columns: how the modalities are called.
         strict: every file must be there.
+
+    Attributes:
+        missing: modality -> utterances without a file, where there are any.
     """
 
     def __init__(
@@ -88,10 +95,10 @@ class Files:
                     f"{folder}: {modality} of {counted(len(missing[modality]), 'utterance')} is missing, e.g. "
                     f"{missing[modality][0]}" + ("; leave --strict out where that may be" if strict else "")
                 )
+        self.missing = {modality: len(files) for modality, files in missing.items() if files}
         self._notes = [
-            f"{modality}: {len(files):,} of {counted(len(paths[modality]), 'utterance')} have no file, e.g. {files[0]}"
-            for modality, files in missing.items()
-            if files
+            f"{m}: {n:,} of {counted(len(paths[m]), 'utterance')} {has(n)} no file, e.g. {missing[m][0]}"
+            for m, n in self.missing.items()
         ]
         self.widths = {modality: self._width(modality) for modality in wanted}
         self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest()}

@@ -19,6 +19,7 @@ from shards.errors import DataError
 from shards.files import sha256_of
 from shards.sources import fields, pickles
 from shards.sources.lengths import whole
+from shards.sources.stamp import Stamp
 from shards.suggest import nearest
 from shards.utterance import MODALITIES, SPLITS, UNIMODAL_TASK, Utterance
 
@@ -68,6 +69,7 @@ class MmsaSource:
     ) -> None:
         self.where = str(path)
         wanted = tuple(modalities)
+        self._stamp = Stamp.of(path)  # before anything of it is read
         content = fields.splits(self.where, pickles.load(path))
         self._notes = fields.others(content)
         self._splits: dict[str, _Split] = {}
@@ -136,6 +138,9 @@ class MmsaSource:
     def notes(self) -> list[str]:
         return self._notes
 
+    def unchanged(self) -> None:
+        self._stamp.check()
+
     # --- one sample
 
     def _tokens(self, part: _Split, split: str, number: int) -> np.ndarray:
@@ -176,7 +181,7 @@ class MmsaSource:
             if key not in content:
                 of_mult = "labels" in content and "regression_labels" not in content
                 mult = "; it is one of MulT: pack mult" if of_mult else ""
-                raise DataError(f"{at} has no key {key!r}{mult or nearest(key, map(str, content))}")
+                raise DataError(f"{at} has no key {key!r}{mult or nearest(key, map(fields.shown, content))}")
         ids = [_key(value) for value in fields.rows(f"{at}.id", content["id"])]
         if not ids:
             raise DataError(
@@ -246,6 +251,8 @@ class MmsaSource:
 def _key(value: object) -> str | None:
     """An id, also one that is told as its parts (video, clip)."""
     if isinstance(value, list | tuple | np.ndarray):
+        if len(value) > fields.MOST_PARTS:
+            return None
         parts = [fields.text(part) for part in value]
         return None if None in parts else "$_$".join(map(str, parts))
     return fields.text(value)

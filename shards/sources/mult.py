@@ -20,6 +20,7 @@ import numpy as np
 from shards.errors import DataError
 from shards.files import sha256_of
 from shards.sources import fields, pickles
+from shards.sources.stamp import Stamp
 from shards.suggest import nearest
 from shards.utterance import EMOTIONS, MODALITIES, SPLITS, Utterance
 
@@ -63,6 +64,7 @@ class MultSource:
     ) -> None:
         self.where = str(path)
         wanted = tuple(modalities)
+        self._stamp = Stamp.of(path)  # before anything of it is read
         content = fields.splits(self.where, pickles.load(path))
         self._notes = fields.others(content)
         self._splits = {split: self._checked(split, content.get(split), wanted) for split in SPLITS}
@@ -117,6 +119,9 @@ class MultSource:
     def notes(self) -> list[str]:
         return self._notes
 
+    def unchanged(self) -> None:
+        self._stamp.check()
+
     def _range(self, part: _Split, name: str, array: np.ndarray) -> tuple[int, int]:
         """Where the steps of `array` (T, D) begin and end that are not padding."""
         if part.steps[name] is None:
@@ -136,7 +141,7 @@ class MultSource:
             raise DataError(f"{at} is {pickles.describe(content)}, expected a dict of arrays")
         if "labels" not in content:
             other = "; it is one of the MMSA toolkit: pack mmsa" if "regression_labels" in content else ""
-            raise DataError(f"{at} has no key 'labels'{other or nearest('labels', map(str, content))}")
+            raise DataError(f"{at} has no key 'labels'{other or nearest('labels', map(fields.shown, content))}")
         labels = _labels(f"{at}.labels", content["labels"])
         if not len(labels):
             raise DataError(f"{at} is empty: it has no samples; every split needs some")
@@ -214,6 +219,8 @@ def _id(at: str, value: Any) -> tuple[str, ...]:
     parts = (
         list(value) if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim) else [value]
     )
+    if len(parts) > fields.MOST_PARTS:
+        parts = []
     texts = [str(part) if isinstance(part, float | np.floating) else fields.text(part) for part in parts]
     if None in texts or not texts:
         raise DataError(f"{at} is {pickles.describe(value)}, expected a string, or (video, start, end)")

@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shards.errors import DataError
+from shards.sources.stamp import Stamp
 
 
 class _RefusedError(Exception):
@@ -30,13 +32,21 @@ class _DType:
     """`numpy.dtype` as a pickle writes it: a name, then a state of which only the byte order counts."""
 
     def __init__(self, name: str, _align: bool = False, _copy: bool = False) -> None:
+        if not isinstance(name, str):
+            raise _RefusedError("a type of numbers that has fields")
         self.real = np.dtype(name)
-        if self.real.kind not in "biufSUO":
+        if self.real.kind not in "biufSUO" or self.real.names:
             raise _RefusedError(f"an array of {self.real}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] in ("<", ">"):
             self.real = self.real.newbyteorder(state[1])
+
+
+class ByteString(str):
+    """A string of Python 2 that is not ASCII: its bytes, each as one character. It is an array's, or text."""
+
+    __slots__ = ()
 
 
 class _Unfilled:
@@ -72,11 +82,28 @@ def _filled(state: tuple[Any, ...]) -> np.ndarray:
         return array
     if not isinstance(data, _BYTES) or memoryview(data).nbytes != count * dtype.real.itemsize:
         raise pickle.UnpicklingError("the bytes of an array are not what its shape and type announce")
+    if not count * dtype.real.itemsize:
+        _check_hollow(shape, dtype.real)
+    _check_letters(data, dtype.real)
     return np.ndarray(shape, dtype.real, data, order="F" if fortran else "C")
 
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, tuple) and all(type(steps) is int and steps >= 0 for steps in value)
+
+
+def _check_hollow(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Of what takes no bytes, the file's size does not bound how much there is to visit."""
+    if max(shape, default=0) > _HOLLOW or (not dtype.itemsize and math.prod(shape) > _HOLLOW):
+        raise pickle.UnpicklingError("an array without bytes announces more entries than any has")
+
+
+def _check_letters(data: Any, dtype: np.dtype[Any]) -> None:
+    """numpy makes strings of any numbers; reading such a string fails, or ends the process."""
+    if dtype.kind == "U" and memoryview(data).nbytes:
+        points = np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if points.max() > sys.maxunicode:
+            raise pickle.UnpicklingError("the letters of an array of strings are none")
 
 
 def _reconstruct(_kind: object, _shape: object, _code: object) -> _Unfilled:
@@ -87,6 +114,8 @@ def _flat(data: bytes, dtype: _DType) -> np.ndarray:
     """A view of bytes."""
     if not isinstance(data, _BYTES):
         raise pickle.UnpicklingError("the bytes of an array are malformed")
+    if dtype.real.itemsize and len(data) % dtype.real.itemsize == 0:
+        _check_letters(data, dtype.real)
     return np.frombuffer(data, dtype.real)
 
 
@@ -98,6 +127,10 @@ def _frombuffer(
     data: bytes, dtype: _DType, shape: tuple[int, ...], order: Any, axes: tuple[int, ...] | None = None
 ) -> np.ndarray:
     flat = _flat(data, dtype)
+    if not _is_shape(shape):
+        raise pickle.UnpicklingError("the shape of an array is malformed")
+    if not flat.size:
+        _check_hollow(shape, dtype.real)
     return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 
 
@@ -108,7 +141,19 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _bytearray(data: Any = b"", encoding: str = "latin1") -> Any:
+    """The bytes of a `bytearray`, as they are: nothing here changes them. Of a number it would make as many zeros."""
+    if isinstance(data, str):
+        return _encode(data, encoding.replace("-", ""))
+    if not isinstance(data, _BYTES):
+        raise _RefusedError(f"a bytearray of {describe(data)}")
+    return data
+
+
 _BYTES = (bytes, bytearray, memoryview)
+
+_HOLLOW = 1 << 20
+"""Steps along an axis of an array that has no bytes, at most."""
 
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): None,  # named, never called: `_reconstruct` gets it as an argument
@@ -116,9 +161,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
     ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 writes no bytes
     **{
-        (builtins, kind.__name__): kind
+        (builtins, name): kind
         for builtins in ("builtins", "__builtin__")
-        for kind in (set, frozenset, bytearray)
+        for name, kind in (("set", set), ("frozenset", frozenset), ("bytearray", _bytearray))
     },
 }
 for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
@@ -177,7 +222,12 @@ class _Unpickler(pickle._Unpickler):
         size = self._number("<i")
         self._load_bytes(size)
         if 0 <= size < _LARGE:
-            self.append(self.stack.pop().decode("latin1"))  # type: ignore[attr-defined]
+            self.append(self._decode_string(self.stack.pop()))  # type: ignore[attr-defined]
+
+    def _decode_string(self, value: bytes) -> str:
+        """A short one, also where the unpickler itself has read it."""
+        text = value.decode("latin1")
+        return text if text.isascii() else ByteString(text)
 
     def _load_bytes(self, size: int) -> None:
         start = self._file.tell()
@@ -217,7 +267,8 @@ _DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
     *(EOFError, AttributeError, LookupError, ImportError, TypeError, ValueError, OverflowError, RecursionError),
-    BufferError,  # a bytearray that is to grow under an array
+    BufferError,  # bytes that are to grow under an array
+    SystemError,  # numpy, of a string whose letters are none
 )
 """What unpickling raises on bytes that are not a whole pickle."""
 
@@ -227,11 +278,14 @@ def load(path: Path) -> Any:
 
     Returns:
         What was pickled. Arrays are read-only views of the mapped file, perhaps not aligned in memory: copy what is
-        worked on. So the file must stay as it is while they are in use. Long bytes are memoryviews.
+        worked on. So the file must stay as it is while they are in use: other bytes written into it are read as its
+        own (see `Stamp`), and where it is cut short, touching what is gone ends the process (SIGBUS). Long bytes are
+        memoryviews.
 
     Raises:
-        DataError: no such file, not a pickle, damaged, or it names anything else (which is never called).
+        DataError: no such file, a pipe or a device, not a pickle, damaged, or it names anything else (which is never called).
     """
+    Stamp.of(path)  # there is a file, on which nobody waits for ever
     try:
         with path.open("rb") as file:
             start = file.read(max(map(len, _MAGIC)))
@@ -243,8 +297,6 @@ def load(path: Path) -> Any:
             f"{path}: the pickle refers to {error}, which is not data; refused, and nothing of it was run. "
             "Allowed are numpy arrays, numbers, strings, lists, tuples, dicts and sets"
         ) from error
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; expected a feature pickle") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:

@@ -61,8 +61,10 @@ class Rows:
         first = columns.video or next((name for name in columns.id if "{" not in name), "video_id")
         return self._column(first, "--video")
 
-    def splits(self, wanted: str | None) -> list[str]:
-        name = wanted or self._usual_split()
+    def splits(self, columns: CsvColumns) -> list[str]:
+        if columns.label == "none" and not columns.split and not {"split", "mode"} & set(self._header):
+            return ["test"] * len(self._rows)  # it is there to be predicted
+        name = columns.split or self._usual_split()
         values = [value.strip().lower() for value in self._column(name, "--split")]
         for (line, _), value in zip(self._rows, values, strict=True):
             if value not in SPLIT_NAMES:
@@ -75,6 +77,8 @@ class Rows:
         return self._column(wanted or "text", "--text")
 
     def labels(self, columns: CsvColumns) -> dict[str, list[float]]:
+        if columns.label == "none":
+            return {}
         unimodal = {"T": columns.label_text, "A": columns.label_audio, "V": columns.label_vision}
         names = {"M": columns.label or "label"} | {task: name or f"label_{task}" for task, name in unimodal.items()}
         asked = {"M"} | {task for task, name in unimodal.items() if name}
@@ -91,7 +95,8 @@ class Rows:
                 # a sample may lack a unimodal label
                 numbers.append(math.nan if optional and not value.strip() else float(value))
             except ValueError as error:
-                raise DataError(f"{self._path} line {line}: {name} is {value!r}, expected a number") from error
+                remedy = "" if value.strip() else "; --label none packs utterances that have no labels, to predict them"
+                raise DataError(f"{self._path} line {line}: {name} is {value!r}, expected a number{remedy}") from error
         return numbers
 
     def _column(self, name: str, option: str) -> list[str]:

@@ -14,6 +14,9 @@ from shards.sources.columns import Columns, CsvColumns
 from shards.sources.rows import Rows
 from shards.utterance import SPLITS, Utterance
 
+NAMELESS = ("label", "labels", "utterances")
+"""Names of a csv that say nothing: its folder's is then the data set's, as of mosi/utterances.csv."""
+
 
 class Features(Protocol):
     """The features of a csv's utterances, found by id.
@@ -68,11 +71,11 @@ class CsvSource:
             raise ConfigError(f"--hold-out-valid {hold_out_valid}: expected a number of videos, 0 or more")
         self.where = str(table)
         self._ids = rows.ids(columns.id)
-        self._splits = rows.splits(columns.split)
+        self._splits = rows.splits(columns)
         self._texts = rows.texts(columns.text)
         self._labels = rows.labels(columns)
         self._features = features(self._ids) if features else None
-        self.name = table.stem
+        self.name = (table.resolve().parent.name.lower() if table.stem in NAMELESS else "") or table.stem
         self.classes: dict[str, int] = {}
         self.tasks = tuple(self._labels)
         self.label_range = label_range or ((-1.0, 1.0) if len(self.tasks) > 1 else (-3.0, 3.0))
@@ -88,7 +91,7 @@ class CsvSource:
             self._hold_out(rows.videos(columns), hold_out_valid, seed)
         self._rows_of = {s: [n for n, split in enumerate(self._splits) if split == s] for s in SPLITS}
         self.counts = {split: len(numbers) for split, numbers in self._rows_of.items()}
-        if not self.counts["valid"]:
+        if self.tasks and not self.counts["valid"]:  # without labels it is there to be predicted
             raise DataError(
                 f"{table}: no row is of the valid split; hold training videos out with --hold-out-valid 10, "
                 "or name another --split column"

@@ -10,7 +10,7 @@ import pytest
 
 from mmsa_dist import session, train
 from mmsa_dist.errors import ConfigError, DataError
-from mmsa_dist.recipe import Recipe, from_dict
+from mmsa_dist.recipe import Recipe, differences, from_dict
 from shards.index import Index
 from shards.write import pack
 from tests.data import TinySource
@@ -48,7 +48,7 @@ def test_all_ranks_go_without_them(
     folder = train.begin(recipe, left, None, tmp_path / "runs", "run")
     for run in ("one", "two"):
         shutil.copytree(folder, tmp_path / run)
-    addresses = [f"{index.folder}/{index.shards[n].url}" for n in (0, 1)]
+    addresses = [f"{index.name}/{index.shards[n].url}" for n in (0, 1)]
     assert json.loads((folder / "plan.json").read_text())["left_out"] == addresses
     one = train_ranks_of(ranks, 1, tmp_path / "one", recipe)[0]
     two = train_ranks_of(ranks, 2, tmp_path / "two", recipe)
@@ -71,6 +71,14 @@ def test_a_restart_agrees_whatever_became_of_the_files(index: Index, tmp_path: P
     other, resumed = train.check(again)
     with pytest.raises(ConfigError, match="give the data that it began with"):
         train.begin(resumed, other, folder, tmp_path / "runs", "run")
+
+
+def test_a_restart_agrees_where_the_data_was_moved(index: Index, tmp_path: Path) -> None:
+    left, recipe = train.check(asked(index, quarantine=True))
+    moved = index.folder.rename(tmp_path / "moved")
+    there, resumed = train.check(from_dict({**recipe.dump(), "data": {**recipe.dump()["data"], "path": str(moved)}}))
+    assert there.fingerprint == left.fingerprint and resumed.data.without == recipe.data.without
+    assert not differences(recipe, resumed)
 
 
 def test_without_being_asked_it_stops(index: Index) -> None:

@@ -74,6 +74,20 @@ def test_a_mix_is_described_like_one_set(parts: list[Index], mix: Mix) -> None:
         at += mix.splits[split]
 
 
+def test_what_one_might_not_expect_of_a_mix_is_said(parts: list[Index]) -> None:
+    often = Mix(parts, weights=(1, 9), widths="blocks").notes()
+    assert "an epoch has 2.8 passes over other" not in " ".join(often)  # 34 * 0.9 / 11: within reason
+    rarely = Mix(parts, weights=(100, 1), widths="blocks").notes()
+    assert (
+        rarely[-1].startswith("other has no vision") and "an epoch has 0.031 passes over other (11 train" in rarely[1]
+    )
+    bare = parts[1].model_copy(update={"splits": {**parts[1].splits, "valid": 0}})
+    assert (
+        "other has no valid samples: those of the other sets stand alone"
+        in Mix([parts[0], bare], widths="blocks").notes()
+    )
+
+
 def test_every_sample_is_the_one_of_its_set(parts: list[Index], mix: Mix) -> None:
     """Key, labels, text and features; in columns of its own where widths differ, zeros elsewhere."""
     columns = {"made": slice(0, 5), "other": slice(5, 8)}
@@ -164,7 +178,7 @@ def changed(**fields: object) -> Change:
         (changed(), {"weights": (1, 2, 3)}, r"data\.weights: 3 for 2 data sets \(made, other\); give one for each"),
         (changed(), {"weights": (1, 0)}, r"data\.weights: 0 is not a positive number"),
         (changed(), {"weights": (1, float("nan"))}, r"data\.weights: nan is not a positive number"),
-        (changed(), {"weights": (1, 1e-12)}, r"data\.weights: 1, 1e-12 have too many digits"),
+        (changed(), {"weights": (1, 1e-12)}, r"data\.weights: 1, 1e-12 lie too far apart or have too many digits"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(
