@@ -158,8 +158,8 @@ def check_data(recipe: Recipe, index: AnyIndex) -> None:
         if not index.splits.get(split):
             raise ConfigError(
                 f"data.path: {index.name} has no {split} samples ({dict(index.splits)}); "
-                "training needs train and valid. Pack it with a validation split "
-                "(pack table --hold-out-valid N holds out training videos)"
+                "training needs train and valid. Pack it with a validation split (pack table --hold-out-valid N holds "
+                "out training videos; index --valid PATTERN says which tars are for validation)"
             )
     kind = metrics.kind_for(index.label_range)
     known = metrics.names(kind)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from shards.errors import ConfigError, DataError
+from shards.files import is_utf8
 from shards.formats import FORMATS
 from shards.index import Index
 from shards.options import Flag, option
@@ -219,6 +220,8 @@ def index(argv: list[str]) -> int:
     low, high = options.label_range or (-1, 1)
     if not -math.inf < low < high < math.inf:
         raise ConfigError(f"--label-range {low:g} {high:g}: expected two numbers, the lower one first")
+    if not is_utf8(options.name or ""):
+        raise ConfigError(f"--name {options.name!r} has bytes that are no UTF-8; give another")
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers {options.workers}: expected a number of processes, 0 or more")
     made, notes = index_tars(

@@ -37,6 +37,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_lock(path: Path) -> int:
+    """A descriptor of a file that is there to be locked, made where it is missing. No link is followed."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def is_utf8(name: str | Path) -> bool:
+    """Whether the name can be written down: a file's may hold any bytes, an index and Arrow want UTF-8."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def exchange(one: Path, other: Path) -> None:
     """Swaps the names of two folders on one file system, so that at no time there is nothing under either.
 

@@ -7,7 +7,9 @@ one small Arrow file a shard (JSON would not carry 10^8 samples), which is memor
 
 import hashlib
 import json
+import unicodedata
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection
 from functools import cached_property
 from itertools import accumulate
@@ -67,6 +69,8 @@ class Shard(_Part):
         path = PurePosixPath(value)
         if path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts:
             raise ValueError("must be a path inside the index's folder")
+        if not value.isprintable() and any(unicodedata.category(letter) == "Cc" for letter in value):
+            raise ValueError(f"{value!r} has control characters")
         return value
 
 
@@ -140,6 +144,13 @@ class Index(_Part):
             raise ValueError("dtype is float64, which this tool does not write")
         if set(self.statistics) != set(self.modalities):
             raise ValueError(f"statistics are for {sorted(self.statistics)}, modalities are {sorted(self.modalities)}")
+        for modality, part in self.modalities.items():
+            widths = {name: len(values) for name, values in self.statistics[modality].items()}
+            if widths != {"mean": part.width, "std": part.width}:
+                raise ValueError(f"statistics of {modality} have {widths} values, its width is {part.width}")
+        names = Counter(name for shard in self.shards for name in (shard.url, shard.table))
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"shards list {twice[0]!r} more than once")
         computed = self._compute_fingerprint()
         if self.fingerprint not in ("", computed):
             raise ValueError(

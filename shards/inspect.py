@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards import leaks
+from shards import arrangement, leaks
 from shards.index import Index
 from shards.leaks import Show
 from shards.remote.ahead import fetch_tables
+from shards.suggest import counted, has, was
 from shards.utterance import SPLITS
 
 PERCENTILES = (0, 5, 50, 95, 99, 100)
@@ -25,9 +26,6 @@ LARGE = 100.0
 """Features of this deviation drown the others where they are not standardised."""
 UNLIKE = 1000.0
 """So do those that deviate as many times as much as others."""
-SORTED = 0.2
-"""Labels that correlate more than this with their place on disk are not shuffled there; chance does it at most once in
-ten thousand times, which four standard errors are (see `_order`)."""
 
 
 @dataclass(frozen=True)
@@ -169,26 +167,23 @@ def _labels(index: Index, task: str, labels: NDArray[np.float32]) -> dict[str, A
         "mean": {split: float(part.mean()) if len(part) else None for split, part in known.items()},
         "std": {split: float(part.std()) if len(part) else None for split, part in known.items()},
         "zero": {split: float((part == 0).mean()) if len(part) else None for split, part in known.items()},
-        "whole": [int(label) for label in np.unique(every)] if (every == np.rint(every)).all() and few else None,
-        "order": _order(index, labels),
+        "whole": _whole(labels[~np.isnan(labels)]),
+        "on_disk": _arrangement(index, labels),
     }
 
 
-def _order(index: Index, labels: NDArray[np.float32]) -> float | None:
-    """How train's labels correlate with their place on disk, -1..1; None where that is chance, or too few to tell.
+def _whole(labels: NDArray[np.float32]) -> list[int] | None:
+    """The labels that occur, where all are whole numbers from 0 up, as classes are."""
+    distinct = np.unique(labels)
+    whole = len(distinct) > 1 and (distinct == np.rint(distinct)).all() and distinct[0] >= 0
+    return [int(label) for label in distinct] if whole else None
 
-    Spearman's correlation of label and number; or, where tars each hold labels of their own but in no order, the
-    correlation ratio: the square root of what the tars' means explain of the variance.
-    """
-    numbers = index.numbers("train")
-    place = np.arange(numbers.start, numbers.stop)
-    values = labels[numbers.start : numbers.stop]
-    place, values = place[~np.isnan(values)], values[~np.isnan(values)].astype(np.float64)
-    if len(values) < 20 or not values.std():
-        return None
-    ranks = np.unique(values, return_inverse=True, return_counts=True)
-    middle = np.cumsum(ranks[2]) - (ranks[2] - 1) / 2  # rank of each distinct label, ties sharing their mean
-    return round(float(np.corrcoef(np.arange(len(place)), middle[ranks[1]])[0, 1]), 4)
+
+def _arrangement(index: Index, labels: NDArray[np.float32]) -> dict[str, float | None]:
+    """Of the train split (see `shards.arrangement`)."""
+    shards, numbers = index.shards_of("train"), index.numbers("train")
+    homes = np.repeat(np.arange(len(shards)), [index.shards[n].samples for n in shards])
+    return arrangement.of_labels(labels[numbers.start : numbers.stop], homes)
 
 
 # --- what deserves a second look, in sentences
@@ -198,35 +193,58 @@ def _remarks(told: dict[str, Any]) -> Iterator[str]:
     yield from _leaks(told)
     for name, facts in told["modalities"].items():
         if facts["non_finite"]:
-            yield f"{name}: {facts['non_finite']:,} values of the source were NaN or infinite; they are stored as 0"
+            values = counted(facts["non_finite"], "value")
+            yield f"{name}: {values} of the source {was(facts['non_finite'])} NaN or infinite; stored as 0"
         if facts["constant"]:
             yield (
                 f"{name}: {len(facts['constant']):,} of {facts['width']:,} dimensions never change in train "
                 f"({_few(facts['constant'])}): they tell nothing"
             )
-        if facts["std"][1] > LARGE:
+        low, high = facts["std"]
+        if high > min(LARGE, UNLIKE * low):
             yield (
-                f"{name}: deviations of its dimensions go from {facts['std'][0]:.3g} to {facts['std'][1]:.3g}; "
-                f"train with --data.normalize {name}"
+                f"{name}: deviations of its dimensions go from {low:.3g} to {high:.3g}; "
+                f"--data.normalize {name} standardises it"
             )
         lacking = [split for split, absent in facts["absent"].items() if absent == told["splits"][split] > 0]
         if lacking and "train" not in lacking:
             yield f"{name}: no sample of {' and '.join(lacking)} has it, though samples of train do"
+    for task in told["tasks"]:
+        yield from _label_remarks(told, task)
     for split, count in told["splits"].items():
         if not count:
             yield f"{split}: no samples"
 
 
+def _label_remarks(told: dict[str, Any], task: str) -> Iterator[str]:
+    facts, (low, high) = told["labels"][task], told["label_range"]
+    rank, shards = facts["on_disk"]["rank"], facts["on_disk"]["shards"]
+    if rank is not None or shards is not None:
+        how = (
+            f"correlates with its place on disk ({rank:+.2f})"
+            if rank is not None
+            else f"differs from shard to shard ({shards:.0%} of its variance)"
+        )
+        yield (
+            f"label {task}: in train it {how}; samples are shuffled over --data.window shards (8 unless told; train "
+            f"has {told['shards']['train']:,}): where there are more, raise it, or write them anew in random order"
+        )
+    if task not in told["classes"] and facts["whole"] and low < 0:
+        few = " and ".join(map(str, facts["whole"])) if len(facts["whole"]) == 2 else _few(facts["whole"])
+        yield f"label {task}: only {few} occur, in a range of {low:g}..{high:g}: are these classes, or another range?"
+
+
 def _leaks(told: dict[str, Any]) -> Iterator[str]:
     texts, videos = told["transcripts"], told["videos"]
-    if texts and texts["in_several_splits"]:
+    if texts and (several := texts["in_several_splits"]):
         yield (
-            f"transcripts: {texts['in_several_splits']:,} occur in more than one split, {texts['of_them_long']:,} of "
-            f"them of {leaks.LONG} words or more; samples concerned: {_counts(texts['samples'], told['splits'])}"
+            f"transcripts: {several:,} {'occurs' if several == 1 else 'occur'} in more than one split, "
+            f"{texts['of_them_long']:,} of them of {leaks.LONG} words or more; "
+            f"samples concerned: {_counts(texts['samples'], told['splits'])}"
         )
-    if videos and videos["in_several_splits"]:
+    if videos and (several := videos["in_several_splits"]):
         yield (
-            f"videos: {videos['in_several_splits']:,} of {videos['videos']:,} have utterances in more than one split; "
+            f"videos: {several:,} of {videos['videos']:,} {has(several)} utterances in more than one split; "
             f"samples concerned: {_counts(videos['samples'], told['splits'])}"
         )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import ConfigError
 from shards.index import Index
@@ -32,11 +33,14 @@ def draw(index: Index, columns: Columns, path: Path) -> None:
     """Writes the picture: a panel a label, then a panel a modality.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: there is nothing to draw, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    panels = [*index.tasks, *index.modalities, *(["tokens"] if index.has_tokens else [])]
+    lengths = sequences(index, columns)
+    panels = [*index.tasks, *lengths]
+    if not panels:
+        raise ConfigError(f"--picture {path}: there is nothing to draw: neither labels nor sequences; leave it out")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
@@ -46,8 +50,7 @@ def draw(index: Index, columns: Columns, path: Path) -> None:
         if panel in index.tasks:
             _labels(axis, index, panel, columns)
         else:
-            lengths = columns.tokens if panel == "tokens" else columns.lengths[panel]
-            _lengths(axis, index, panel, lengths)
+            _lengths(axis, index, panel, lengths[panel])
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     axes[0].legend()
@@ -55,6 +58,12 @@ def draw(index: Index, columns: Columns, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise ConfigError(f"--picture {path}: cannot be written: {error.strerror or error}") from error
+
+
+def sequences(index: Index, columns: Columns) -> dict[str, NDArray[np.int32]]:
+    """Name -> lengths (samples,) of the modalities and token ids; vectors, of one step each, are left out."""
+    lengths = columns.lengths | ({"tokens": columns.tokens} if index.has_tokens else {})
+    return {name: steps for name, steps in lengths.items() if steps.max(initial=0) > 1}
 
 
 def _labels(axis: "Axes", index: Index, task: str, columns: Columns) -> None:
@@ -75,7 +84,7 @@ def _lengths(axis: "Axes", index: Index, name: str, lengths: Any) -> None:
     step = -(-longest // BINS)  # as many lengths in each bar
     _shares(axis, index, np.where(lengths > 0, lengths, np.nan), np.arange(0.5, longest + step, step))
     axis.set_title("token ids" if name == "tokens" else name)
-    axis.set_xlabel("steps, samples that have it")
+    axis.set_xlabel(f"{name}: length in steps, where it is there")
 
 
 def _shares(axis: "Axes", index: Index, values: Any, edges: Any) -> None:

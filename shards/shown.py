@@ -6,6 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shards.suggest import counted, told_bytes
+
 BAR = 30
 """Cells of a histogram's longest bar."""
 EXAMPLES = 3
@@ -32,8 +34,9 @@ def render(told: dict[str, Any]) -> Group:
         parts += [Text("\nlabels of single modalities, by nearest label"), _others_table(others, totals)]
     if told["classes"]:
         parts += [Text("\nclasses, samples of each"), _class_table(told)]
-    parts += [Text("\nlabels per split"), _moments_table(told)]
-    return Group(*parts, *_second_look(told))
+    if told["tasks"]:
+        parts += [Text("\nlabels per split"), _moments_table(told)]
+    return Group(*parts, *_second_look(told), *_checked(told))
 
 
 def _facts(told: dict[str, Any]) -> Table:
@@ -41,17 +44,17 @@ def _facts(told: dict[str, Any]) -> Table:
     splits = ", ".join(f"{split} {count:,}" for split, count in told["splits"].items())
     shards = ", ".join(f"{split} {count:,}" for split, count in told["shards"].items() if count)
     low, high = told["label_range"]
-    each = told["bytes"] / max(1, told["samples"]) / 1000
+    each = told["bytes"] / max(1, told["samples"])
     kinds = ", ".join(f"{task} ({told['classes'][task]} classes)" for task in told["classes"])
     for name, value in (
         ("samples", f"{splits}, all {told['samples']:,}"),
         (
             "stored",
-            f"{told['bytes'] / 2**20:,.1f} MB of {told['dtype']}, {each:,.1f} kB a sample, "
-            f"in {sum(told['shards'].values())} shards ({shards})",
+            f"{told_bytes(told['bytes'])} of {told['dtype']}, {told_bytes(each)} a sample, "
+            f"in {counted(sum(told['shards'].values()), 'shard')} ({shards})",
         ),
         ("text", _text_line(told)),
-        ("labels", kinds or f"{', '.join(told['tasks'])} in {low:g}..{high:g}"),
+        ("labels", kinds or (f"{', '.join(told['tasks'])} in {low:g}..{high:g}" if told["tasks"] else "none")),
         ("source", _origin(told["source"])),
         ("packed by", f"mmsa-dist {told['tool_version']}, seed {told['seed']}"),
         ("fingerprint", told["fingerprint"]),
@@ -89,13 +92,15 @@ def _text_line(told: dict[str, Any]) -> str:
 
 def _modality_table(told: dict[str, Any]) -> Table:
     table = Table("modality")
-    for heading in ("width", *PERCENTILES, "non-finite", "constant", "absent"):
+    for heading in ("width", *PERCENTILES, "std in train", "non-finite", "constant", "absent"):
         table.add_column(heading, justify="right")
     for name, facts in told["modalities"].items():
-        lengths = (facts["length_percentiles"][p] for p in PERCENTILES)
-        counts = (facts["width"], *lengths, facts["non_finite"], len(facts["constant"]))
+        lengths = (f"{facts['length_percentiles'][p]:,}" for p in PERCENTILES)
+        low, high = facts["std"]  # of the dimensions that vary
+        std, constant = f"{low:.2g}..{high:.2g}", f"{len(facts['constant']):,}"
         absent = [f"{split} {count:,}" for split, count in facts["absent"].items() if count]
-        table.add_row(name, *(f"{count:,}" for count in counts), ", ".join(absent) or "0")
+        counts = (f"{facts['width']:,}", *lengths, std, f"{facts['non_finite']:,}", constant)
+        table.add_row(name, *counts, ", ".join(absent) or "0")
     return table
 
 
@@ -150,21 +155,34 @@ def _moments_table(told: dict[str, Any]) -> Table:
         cells = []
         for split in told["splits"]:
             known = facts["mean"][split] is not None
-            cells.append(f"{facts['mean'][split]:+.2f} ± {facts['std'][split]:.2f}" if known else "")
+            spread = f" ± {facts['std'][split]:.2f}" if sum(facts["counts"][split]) > 1 else ""  # of one there is none
+            cells.append(f"{facts['mean'][split]:+.2f}{spread}" if known else "")
             cells.append(f"{facts['zero'][split]:.1%}" if known else "")
         table.add_row(task, *cells)
     return table
 
 
 def _second_look(told: dict[str, Any]) -> list[RenderableType]:
-    lines = [f"- {remark}" for remark in told["remarks"]]
-    for example in (told["transcripts"] or {}).get("examples", [])[:EXAMPLES]:
-        keys = ", ".join(f"{split} {key}" for split, key in example["keys"].items())
-        text = example["text"][:CHARACTERS] + ("…" if len(example["text"]) > CHARACTERS else "")
-        lines.append(f"    {keys}: {text!r}")
-    for example in (told["videos"] or {}).get("examples", [])[:EXAMPLES]:
-        keys = ", ".join(f"{split} {key}" for split, key in example["keys"].items())
-        lines.append(f"    video {example['video']}: {keys}")
+    """The remarks; under those on leaks, examples."""
+    examples = {
+        "transcripts": [
+            f"{_places(example)}: {_shortened(example['text'])!r}"
+            for example in (told["transcripts"] or {}).get("examples", [])
+        ],
+        "videos": [
+            f"video {example['video']}: {_places(example)}" for example in (told["videos"] or {}).get("examples", [])
+        ],
+    }
+    lines = []
+    for remark in told["remarks"]:
+        lines.append(f"- {remark}")
+        lines += [f"    {example}" for example in examples.get(remark.partition(":")[0], [])[:EXAMPLES]]
+    return [Text("\nworth a look"), Text("\n".join(lines) or "- nothing")]
+
+
+def _checked(told: dict[str, Any]) -> list[RenderableType]:
+    """What was looked at and is as it should be, and what could not be."""
+    lines = []
     if told["transcripts"] is None:
         why = "left out (--fast)" if told["raw_text"] else "the data set has none"
         lines.append(f"- transcripts were not compared between splits: {why}")
@@ -174,7 +192,15 @@ def _second_look(told: dict[str, Any]) -> list[RenderableType]:
         lines.append("- videos were not compared between splits: the samples' ids do not name any")
     elif not told["videos"]["in_several_splits"]:
         lines.append(f"- no video occurs in more than one split (of {told['videos']['videos']:,})")
-    return [Text("\nworth a look"), Text("\n".join(lines))]
+    return [Text("\nchecked"), Text("\n".join(lines))] if lines else []
+
+
+def _places(example: dict[str, Any]) -> str:
+    return ", ".join(f"{split} {key}" for split, key in example["keys"].items())
+
+
+def _shortened(text: str) -> str:
+    return text[:CHARACTERS] + ("…" if len(text) > CHARACTERS else "")
 
 
 def _bar(count: int, longest: int) -> str:

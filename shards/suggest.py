@@ -16,7 +16,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def told_bytes(size: int) -> str:
+def told_bytes(size: float) -> str:
     """3.4 kB, 1,200.0 MB; a megabyte is 2^20 bytes, as everywhere here."""
     return f"{size / 2**10:,.1f} kB" if size < 2**20 else f"{size / 2**20:,.1f} MB"
 

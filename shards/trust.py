@@ -4,19 +4,23 @@ What was verified is remembered in a folder of the user's own, under everything 
 of a node that meet a new file at the same time take turns: one reads it, the others find it remembered.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TypeVar
 
-from shards.errors import DataError
-from shards.files import sha256_of
+from shards.errors import ConfigError, DataError, MmsaError, TransientError
+from shards.files import open_lock, sha256_of
 
 _Result = TypeVar("_Result")
 
@@ -28,10 +32,55 @@ _verified: set[str] = set()
 """What this process has verified, should there be no folder to remember it in."""
 
 
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+"""Errors that say nothing of the data: too many open files, no memory, a disk or its server that does not answer."""
+
+
+def unreadable(path: Path, error: OSError) -> MmsaError:
+    """What it means that a file cannot be read: to try again, or that the data are not there for this user."""
+    if error.errno in _PASSING:
+        more = "; raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        return TransientError(f"{path}: cannot be read just now ({error.strerror}){more}, and try again")
+    return DataError(
+        f"{path}: cannot be read ({error.strerror}); let this user read it, copy the folder whole or pack again"
+    )
+
+
 def cache_folder() -> Path:
-    """What this machine remembers of data sets: ``$MMSA_CACHE``, else a folder in the user's cache."""
-    own = os.environ.get("MMSA_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmsa-dist"
+    """What this machine remembers of data sets: ``$MMSA_CACHE``, else a folder in the user's cache.
+
+    Raises:
+        ConfigError: there is no such folder that nobody else can write.
+    """
+    if own := os.environ.get("MMSA_CACHE"):
+        return _anchored(own)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return _anchored(caches) / "mmsa-dist"
+    try:
+        return Path.home() / ".cache" / "mmsa-dist"
+    except RuntimeError:  # no HOME, and a user that the machine has no name for, as in some containers
+        return _homeless()
+
+
+@cache
+def _anchored(folder: str) -> Path:
+    """The folder as it was meant when it was first named, wherever the process goes later."""
+    return Path(folder).absolute()
+
+
+def _homeless() -> Path:
+    """A folder for temporary files that is this user's alone."""
+    folder = Path(gettempdir()) / f"mmsa-dist-{os.geteuid()}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    except OSError:
+        ours = False
+    if not ours:  # whoever can write there could say that damaged files are verified
+        raise ConfigError(f"{folder}: is not a folder of this user alone; set MMSA_CACHE to one that is, or set HOME")
+    return folder
 
 
 def marker_folder() -> Path:
@@ -56,6 +105,8 @@ class Expected:
         try:
             status = self.path.stat()
         except OSError as error:
+            if error.errno in _PASSING:
+                raise unreadable(self.path, error) from error
             raise DataError(
                 f"{self.path}: cannot be read ({error.strerror}), but the index lists it with {self.bytes} bytes; "
                 "copy the folder whole or pack again"
@@ -68,14 +119,21 @@ class Expected:
         return status
 
     def check(self) -> None:
-        """Raises DataError unless size and checksum are right; reads the file unless this node has done so before."""
+        """Reads the file, unless this node has done so before.
+
+        Raises:
+            DataError: size or checksum are not right. TransientError: it cannot be read just now.
+        """
         marker = self._marker(self.check_size())
-        if marker.name in _verified or marker.exists():
+        if marker.name in _verified or _exists(marker):
             return
         with _one_at_a_time(marker):
-            if marker.exists():
+            if _exists(marker):
                 return
-            found = sha256_of(self.path)
+            try:
+                found = sha256_of(self.path)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
             if found != self.sha256:
                 raise DataError(
                     f"{self.path}: sha256 is {found}, expected {self.sha256}: its bytes are damaged or not the ones "
@@ -89,17 +147,27 @@ class Expected:
         """`opener` of the file's path, once the file is known to be right (its size only, without `verify`).
 
         Raises:
-            DataError: it is not.
+            DataError: it is not, or may not be read. TransientError: it cannot be read just now.
         """
         if verify:
             self.check()
         else:
             self.check_size()
         try:
-            return opener(self.path)
+            return self._opened(opener)
         except FileNotFoundError:  # gone in this moment
             self.check_size()
             raise
+
+    def _opened(self, opener: Callable[[Path], _Result]) -> _Result:
+        try:
+            return opener(self.path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno is None:  # a library's own, of what stands in the file
+                raise
+            raise unreadable(self.path, error) from error
 
     def _marker(self, status: os.stat_result) -> Path:
         """The file whose existence says that exactly this file, on this node, was verified."""
@@ -124,6 +192,14 @@ class Expected:
         return status.st_ctime_ns
 
 
+def _exists(marker: Path) -> bool:
+    """Whether it is there; no where we may not look."""
+    try:
+        return marker.exists()
+    except OSError:
+        return False
+
+
 @contextmanager
 def _one_at_a_time(marker: Path) -> Iterator[None]:
     """Holds the lock of a marker; where no folder can be written, works without (each process then verifies)."""
@@ -131,7 +207,8 @@ def _one_at_a_time(marker: Path) -> Iterator[None]:
         # not every file system has folders to write or locks; one of few lock files: nothing to clean up
         with suppress(OSError):
             marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = stack.enter_context(marker.with_name(f"lock-{marker.name[:2]}").open("w"))
+            lock = open_lock(marker.with_name(f"lock-{marker.name[:2]}"))
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

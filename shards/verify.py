@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from shards.errors import DataError
+from shards.errors import DataError, TransientError
 from shards.files import sha256_of
 from shards.foreign.arrays import DTYPES
 from shards.foreign.samples import split_name
@@ -30,22 +30,36 @@ def check_shard(index: Index, shard_no: int) -> list[str]:
 
 
 def _check_remote(index: Index, shard_no: int) -> list[str]:
-    """As `check_shard`: what lies there, whatever the cache holds. Takes room for one shard at a time."""
+    """As `check_shard`: what lies there, whatever the cache holds. Takes room for one shard at a time.
+
+    Raises:
+        ConfigError, TransientError: it does not come, or there is no room for it.
+    """
+    try:
+        with TemporaryDirectory(prefix="mmsa-verify-") as folder:
+            return _check_fetched(index, shard_no, Path(folder))
+    except OSError as error:
+        raise TransientError(
+            f"{index.shards[shard_no].url}: cannot be fetched into a temporary folder ({error.strerror}); set TMPDIR "
+            "to one with room for a shard"
+        ) from error
+
+
+def _check_fetched(index: Index, shard_no: int, folder: Path) -> list[str]:
     shard, wrong = index.shards[shard_no], []
-    with TemporaryDirectory(prefix="mmsa-verify-") as folder:
-        own = Cache(Path(folder), limit=shard.bytes + shard.table_bytes)
-        for file in index.files(shard_no):
-            assert isinstance(file, RemoteFile)
-            try:
-                own.fetch(file.wanted)
-            except DataError as error:
-                wrong.append(str(error))
-        if wrong:
-            return wrong
-        for name, sha256 in ((shard.url, shard.sha256), (shard.table, shard.table_sha256)):
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            own.path(sha256).replace(Path(folder) / name)
-        return _check_structure(index.model_copy(update={"origin": None, "folder": Path(folder)}), shard_no)
+    own = Cache(folder, limit=shard.bytes + shard.table_bytes, setting="TMPDIR")
+    for file in index.files(shard_no):
+        assert isinstance(file, RemoteFile)
+        try:
+            own.fetch(file.wanted)
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        return wrong
+    for name, sha256 in ((shard.url, shard.sha256), (shard.table, shard.table_sha256)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        own.path(sha256).replace(folder / name)
+    return _check_structure(index.model_copy(update={"origin": None, "folder": folder}), shard_no)
 
 
 def _check_file(path: Path, name: str, size: int, sha256: str) -> list[str]:

@@ -13,13 +13,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from glob import escape
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shards.errors import ConfigError
-from shards.files import exchange, sync_folder
+from shards.files import exchange, is_utf8, sync_folder
 from shards.index import FILE
 from shards.utterance import SPLITS
 
@@ -32,11 +31,26 @@ DONE = ".done.json"
 _OURS = re.compile(rf"{re.escape(FILE)}|({'|'.join(SPLITS)})-\d{{5,}}\.(tar|arrow)")
 
 
+def resolved(out: Path) -> Path:
+    """The target as an absolute path, without links.
+
+    Raises:
+        ConfigError: its links go in a circle, or its name could not be opened later.
+    """
+    try:
+        out = out.resolve()
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"--out {str(out)!r}: its links lead nowhere ({error}); choose another folder") from error
+    if not is_utf8(out):
+        raise ConfigError(f"--out {str(out)!r}: its name has bytes that are no UTF-8; choose another folder")
+    return out
+
+
 def check_target(out: Path, overwrite: bool) -> None:
     """Says before the work what would forbid `publish` after it.
 
     Raises:
-        ConfigError: `out` is taken, by files that may not be replaced.
+        ConfigError: `out` is taken, by files that may not be replaced; or a disk is mounted there, or the user in it.
     """
     for parent in out.parents:
         if parent.is_file():
@@ -45,6 +59,12 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder that does not exist yet")
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out} is where a disk is mounted; choose a folder in it, e.g. {out / 'mosi'}")
+    if _works_in(out):
+        raise ConfigError(
+            f"--out {out} is the folder you are in, or one above it; choose one in it, e.g. {out / 'mosi'}"
+        )
     names = sorted(path.name for path in out.iterdir())
     foreign = [name for name in names if not _OURS.fullmatch(name)]
     if names and not overwrite:
@@ -56,6 +76,13 @@ def check_target(out: Path, overwrite: bool) -> None:
             f"--out {out} holds {foreign[0]!r}, which no packing wrote; --overwrite replaces packed data only: "
             "choose another folder"
         )
+
+
+def _works_in(out: Path) -> bool:
+    """Whether `out` is swapped away under the user's feet."""
+    with suppress(OSError):  # the current folder is gone already
+        return Path.cwd().is_relative_to(out)
+    return False
 
 
 @contextmanager
@@ -100,7 +127,12 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
     sync_folder(folder)
     if overwrite and out.exists():
         check_target(out, overwrite)
-        exchange(folder, out)  # the workspace, which now holds the old data, is removed by its owner
+        turn = _lock(out.parent, wait=True)
+        try:
+            exchange(folder, out)  # the workspace, which now holds the old data, is removed by its owner
+            _clear_exchanged(out)
+        finally:
+            _unlock(turn)
     else:
         try:
             folder.rename(out)  # onto nothing or an empty folder; the system refuses any other
@@ -114,6 +146,14 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
     sync_folder(out.parent)
 
 
+def _clear_exchanged(out: Path) -> None:
+    """Removes old data that stayed behind where `exchange` takes several steps and was killed between them."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.\d+\.old")
+    for path in out.parent.iterdir():
+        if ours.fullmatch(path.name) and (path / FILE).is_file() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _claimed(out: Path, job: str) -> tuple[Path, int | None]:
     """The workspace of this job that a killed packing left, tidied, or a new one; and what locks it. Others' go.
 
@@ -122,9 +162,11 @@ def _claimed(out: Path, job: str) -> tuple[Path, int | None]:
     turn = _lock(out.parent, wait=True)
     try:
         prefix = f".{out.name}.packing-"
+        ours = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # as mkdtemp has it: another's target may be a.packing-b
         taken: tuple[Path, int | None] | None = None
         # of several, the one with most in it
-        for stale in sorted(out.parent.glob(f"{escape(prefix)}*"), key=lambda folder: -len(finished(folder))):
+        left = [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]
+        for stale in sorted(left, key=lambda folder: -len(finished(folder))):
             if (lock := _lock(stale)) is None:
                 continue
             if not taken and _job_of(stale) == job:

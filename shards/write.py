@@ -5,6 +5,7 @@ the folder gets its name. Who writes the shards, and which samples they hold: `s
 """
 
 import errno
+import json
 import os
 import shutil
 from array import array
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import ConfigError, DataError, TransientError
+from shards.files import is_utf8
 from shards.half import worth_torch
 from shards.index import Index, Modality, Shard
 from shards.packing.job import Division, Job, installed
@@ -25,7 +27,7 @@ from shards.packing.shard import Report, make
 from shards.packing.tally import Tally
 from shards.sources import Source, check_unchanged
 from shards.utterance import SPLITS
-from shards.workspace import check_target, finished, publish, workspace
+from shards.workspace import check_target, finished, publish, resolved, workspace
 
 MEGABYTE = 2**20
 
@@ -33,6 +35,7 @@ Show = Callable[[int, str, str], AbstractContextManager[Report]]
 """`shards.progress.meter`, or nothing: (samples, what is done, a remark) -> what is told of progress."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
 
 
 @contextmanager
@@ -74,21 +77,23 @@ def pack(
 
     Raises:
         DataError: a sample is not as it should be, or the input was changed in the meantime.
-        ConfigError: `out` is taken, or cannot be written.
+        ConfigError: `out` is taken, or cannot be written; or a name is no UTF-8.
         TransientError: the disk is full; or a writing process was killed. Nothing half-written stays behind in any
             case; shards that are finished stay, in the hidden folder, where the packing was killed or interrupted.
     """
-    out = out.resolve()
+    out = resolved(out)
     packing = _Packing(Job(source, dtype, seed, shard_bytes), out)
+    named = _named(name or source.name, source.synthetic)
     try:
         check_target(out, overwrite)
+        _check_names(named, packing.job)
         _check_counts(source)
         _check_keys(source)
         with workspace(out, packing.job.identity(), keeping=(KeyboardInterrupt, TransientError)) as folder:
             packing.folder = folder
             packing.division = packing.job.divide()
             packing.write(folder, packing.crew(folder, workers, ray), show)
-            packing.index(folder, _named(name or source.name, source.synthetic)).save()
+            packing.index(folder, named).save()
             check_unchanged(source)
             publish(folder, out, overwrite)
     except OSError as error:
@@ -188,6 +193,18 @@ def _check_counts(source: Source) -> None:
             )
 
 
+def _check_names(name: str, job: Job) -> None:
+    """All that the index will say of the source can be written down."""
+    if not is_utf8(name):
+        raise ConfigError(f"the name {name!r} has bytes that are no UTF-8; give another with --name")
+    for field, value in job.source.provenance.items():
+        if not is_utf8(json.dumps(value, ensure_ascii=False)):
+            raise ConfigError(
+                f"{job.source.where!r}: its {field}, {value!r}, has bytes that are no UTF-8, which an index cannot "
+                "hold; rename it"
+            )
+
+
 def _check_keys(source: Source) -> None:
     """Every key once in the whole data set, and none empty. Holds 8 bytes a sample, whatever the keys' length.
 
@@ -237,6 +254,6 @@ def _explained(error: OSError, out: Path, packing: _Packing) -> Exception:
                 f"free in {out.parent} ({os.strerror(error.errno)} after {packing.samples:,} samples); what was "
                 "written is removed again: make room or choose another --out"
             )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+    if error.errno in _REFUSED:
         return ConfigError(f"--out {out} cannot be written: {error.strerror}; choose another folder")
     return TransientError(f"packing into {out} failed: {error.strerror or error}; what was written is removed again")

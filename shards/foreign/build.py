@@ -17,7 +17,7 @@ from shards.foreign.arrays import FLOATS
 from shards.foreign.mapping import Layout, layout
 from shards.foreign.place import Place
 from shards.foreign.reading import Rules
-from shards.foreign.scan import SPLIT_NAMES, Job, Scanned, scan
+from shards.foreign.scan import FEW, SPLIT_NAMES, Job, Scanned, scan
 from shards.index import Index, Modality
 from shards.moments import Moments
 from shards.packing.job import installed
@@ -193,8 +193,12 @@ class _Total:
     def notes(self, options: Options) -> list[str]:
         """What was found, guessed, odd or mended, in sentences."""
         guessed = [what for what in self._rules.layout.places if not options.places.get(what)]
-        told = [f"{'found' if what in guessed else 'as told'}: {what} in {place}"
-                for what, place in self._rules.layout.dump().items()]  # fmt: skip
+        places = self._rules.layout.dump()
+        told = [
+            f"{how}: " + ", ".join(f"{what} in {place}" for what, place in places.items() if (what in guessed) == found)
+            for how, found in (("found", True), ("as told", False))
+            if any((what in guessed) == found for what in places)
+        ]
         counted = [
             (self._non_finite, "values are NaN or infinite; they are read as zero"),
             (self._absent, "samples have none; marked absent"),
@@ -204,6 +208,13 @@ class _Total:
         if self._unread:
             names = ", ".join(f".{suffix} ({n:,})" for suffix, n in sorted(self._unread.items())[:8])
             told.append(f"members that are never read: {names}{', …' if len(self._unread) > 8 else ''}")
+        few = sorted(set[float]().union(*(scanned.labels for scanned in self._scanned)))
+        if options.label_range is None and len(few) <= FEW and all(label.is_integer() for label in few) and few:
+            low, high = self._rules.label_range
+            told.append(
+                f"labels are whole numbers from {few[0]:g} to {few[-1]:g}: classes? They are taken for intensities "
+                f"from {low:g} to {high:g}; see --label-range, or leave them out with --label none"
+            )
         return told
 
     def _moments(self, modality: str) -> Moments:
@@ -243,12 +254,12 @@ def _tars(given: Sequence[Path]) -> list[Path]:
         if re.match(r"[a-z0-9+]+://?", str(path)):
             raise ConfigError(f"{path}: tars are indexed where their bytes are read; run this where they are files")
         if not path.exists():
-            raise ConfigError(f"{path}: no such file")
+            raise DataError(f"{path}: no such file; give tars, or folders of them")
         if not path.is_dir() and not path.is_file():
-            raise ConfigError(f"{path}: is no file; give tars")
+            raise DataError(f"{path}: is no file; give tars, or folders of them")
         inside = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
         if not inside:
-            raise ConfigError(f"{path}: no .tar in this folder")
+            raise DataError(f"{path}: no .tar in this folder; give tars, or folders of them")
         found += inside
     if not found:
         raise ConfigError("no tars; give some, e.g. mmsa-dist index shards/*.tar")

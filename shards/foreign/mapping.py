@@ -9,6 +9,7 @@ from typing import Any
 
 from shards.errors import ConfigError, DataError
 from shards.foreign.arrays import UnfitError, located, refuse
+from shards.foreign.dots import check_dots
 from shards.foreign.samples import LARGEST_JSON, LARGEST_TENSORS, samples
 from shards.utterance import MODALITIES
 
@@ -114,6 +115,13 @@ class Layout:
             place.member: LARGEST_TENSORS if what in FEATURES else LARGEST_JSON for what, place in self.places.items()
         }
 
+    @property
+    def words(self) -> frozenset[str]:
+        """First parts of suffixes that say what a member is: usual ones, and those of the places."""
+        usual = (name for names in _NAMES.values() for name in names)
+        used = (place.member for place in self.places.values())
+        return frozenset(name.partition(".")[0] for name in (*usual, *used))
+
     def dump(self) -> dict[str, str]:
         """As the index keeps it."""
         return {what: str(place) for what, place in self.places.items()}
@@ -124,13 +132,13 @@ def layout(tars: Iterable[Path], options: Mapping[str, str | None]) -> Layout:
 
     Raises:
         ConfigError: an option names what cannot be, or nothing has the usual name.
-        DataError: the first tar is damaged.
+        DataError: the first tar is damaged, or its keys seem to contain dots.
     """
     given = {
         what: Place.parse(what, value, what in FEATURES) for what, value in options.items() if value and value != NONE
     }
     open_ = [what for what in (*FEATURES, *OTHERS) if options.get(what) is None]
-    seen = _Seen.of(next(iter(tars)), {place.member for place in given.values()})
+    seen = _Seen.of(next(iter(tars)), Layout(given).words)
     places = given | {what: place for what in open_ if (place := seen.find(what))}
     if not any(what in places for what in (*FEATURES, "raw_text")):
         raise ConfigError(
@@ -162,10 +170,11 @@ class _Seen:
     unfit: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, given: set[str]) -> "_Seen":
+    def of(cls, path: Path, words: frozenset[str]) -> "_Seen":
         seen, number = cls(path), 0
         limits = {"json": LARGEST_JSON, "npz": LARGEST_TENSORS, "safetensors": LARGEST_TENSORS, "npy": 0}
         for sample in samples(path, lambda suffix: limits.get(suffix.rpartition(".")[2])):
+            check_dots(path, sample.key, {*sample.payloads, *sample.others}, words)
             for suffix, payload in sample.payloads.items():
                 seen._look(suffix, payload)
             for suffix in sample.others:

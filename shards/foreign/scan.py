@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.foreign.dots import check_dots
 from shards.foreign.mapping import LABELS
 from shards.foreign.reading import Reading, Rules
 from shards.foreign.samples import Sample, samples
@@ -32,6 +33,9 @@ SPLIT_NAMES = {
     **dict.fromkeys(("valid", "validation", "val", "dev", "devel", "development"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+FEW = 3
+"""Different labels at most that are taken for classes, where all are whole numbers."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -73,6 +77,7 @@ class Scanned:
         moments: modality -> those of all its steps, as `Moments.parts`; of a train shard only.
         non_finite, absent, padding: modality -> values that are not finite; samples without it; steps cut off.
         unread: suffix -> members that nothing asks for.
+        labels: the different labels M, one more than `FEW` at most.
     """
 
     shard: Shard
@@ -86,6 +91,7 @@ class Scanned:
     absent: Counter[str]
     padding: Counter[str]
     unread: Counter[str]
+    labels: set[float]
 
 
 def scan(job: Job, report: Callable[[int, int], None]) -> Scanned:
@@ -129,13 +135,17 @@ class _Scan:
     absent: Counter[str] = field(default_factory=Counter)
     padding: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    labels: set[float] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.split = self.job.split
+        self.words = self.job.rules.layout.words
         self.columns = {name: [] for name in table_schema(self.job.rules.layout.tasks, foreign=True).names}
 
     def add(self, sample: Sample) -> None:
         """Takes a sample in."""
+        if sample.others:
+            check_dots(self.job.path, sample.key, {*sample.payloads, *sample.others}, self.words)
         one = Reading(self.job.path, self.job.rules, sample)
         self._take_split(one)
         row: dict[str, Any] = {
@@ -156,6 +166,8 @@ class _Scan:
         row |= one.text() if "raw_text" in one.places else {}
         if not row["n_tokens"] and not row["json_size"] and not any(row[f"length_{m}"] for m in MODALITIES):
             one.wrong("has no features, no token ids and no transcript; remove the sample")
+        if "label" in one.places and len(self.labels) <= FEW:
+            self.labels.add(row["label_M"])
         for name, column in self.columns.items():
             column.append(row[name])
         self.digests.append(digest(one.key))
@@ -186,19 +198,22 @@ class _Scan:
             self.absent,
             self.padding,
             self.unread,
+            self.labels,
         )
 
     def _take_split(self, one: Reading) -> None:
         if self.job.split is not None:
             return
         told = one.value("split")
+        if told is None:
+            one.wrong(f"has no split ({one.places['split']}), expected train, valid or test; correct it")
         split = SPLIT_NAMES.get(told.lower()) if isinstance(told, str) else None
         if split is None:
             one.wrong(f"is of split {told!r} ({one.places['split']}), expected train, valid or test")
         if self.split not in (None, split):
             one.wrong(
                 f"is of split {split}, the ones before it are of {self.split}; each shard holds one split: write the "
-                "shards anew, or mmsa-dist pack the source"
+                'shards anew, a tar for each (docs/your-data.md, "A tar for each split", has the lines that do)'
             )
         self.split = split
 

@@ -111,8 +111,8 @@ class Ahead:
     def _work(self) -> None:
         while (files := self._queue.get()) is not None:
             for file in files:
-                # what another process fetches just now is left to it
-                with suppress(MmsaError):
+                # what another process fetches just now is left to it; what goes wrong, to the reader that needs it
+                with suppress(MmsaError, OSError):
                     if isinstance(file, RemoteFile):
                         file.fetch(wait=False)
 

@@ -22,6 +22,7 @@ from threading import get_ident
 from uuid import uuid4
 
 from shards.errors import ConfigError, MmsaError, TransientError
+from shards.files import open_lock
 from shards.remote.faults import LocalError
 from shards.remote.store import Patience, download
 from shards.trust import cache_folder
@@ -44,10 +45,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Cache:
-    """The objects below `folder`, together at most `limit` bytes (a download under way comes on top)."""
+    """The objects below `folder`, together at most `limit` bytes (a download under way comes on top).
+
+    Args:
+        setting: the environment variable that puts it elsewhere.
+    """
 
     folder: Path = field(default_factory=lambda: cache_folder() / "objects")
     limit: int = field(default_factory=lambda: _limit())
+    setting: str = "MMSA_CACHE"
 
     def path(self, sha256: str) -> Path:
         """Where an object is, when it is there."""
@@ -70,8 +76,15 @@ class Cache:
         return True
 
     def drop(self, sha256: str) -> None:
-        """Forgets an object."""
-        self.path(sha256).unlink(missing_ok=True)
+        """Forgets an object.
+
+        Raises:
+            ConfigError: it is another user's, or a folder has its name.
+        """
+        try:
+            self.path(sha256).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
 
     def fetch(self, wanted: Wanted, wait: bool = True) -> bool:
         """Makes the object be there; True where it was downloaded here and now.
@@ -150,7 +163,7 @@ class Cache:
         if not self._evict(wanted.bytes):
             raise TransientError(
                 f"{self.folder}: no room on this disk for {wanted.url} with {wanted.bytes:,} bytes, and nothing "
-                "left to evict; free some, or set MMSA_CACHE to a folder on another disk"
+                f"left to evict; free some, or set {self.setting} to a folder on another disk"
             )
 
     # --- room
@@ -167,7 +180,7 @@ class Cache:
         for _, size, path in sorted(self._objects()):
             if freed >= excess:
                 break
-            with suppress(FileNotFoundError):  # another process evicts too
+            with suppress(OSError):  # another process evicts too; or it is another user's
                 path.unlink()
                 freed += size
         return freed
@@ -176,7 +189,7 @@ class Cache:
         """(last use, bytes, path) of each object. Removes parts that died on the way."""
         found = []
         for path in self.folder.glob("??/*"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 status = path.stat()
                 if not path.name.startswith("."):
                     found.append((status.st_atime, status.st_size, path))
@@ -187,15 +200,18 @@ class Cache:
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         """Holds the cache's own lock; works without where the file system has none."""
-        with (self.folder / ".room").open("w") as lock:
+        lock = open_lock(self.folder / ".room")
+        try:
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def _unusable(self, error: OSError) -> MmsaError:
         return ConfigError(
             f"{self.folder}: cannot be used as cache of remote shards ({os.strerror(error.errno or errno.EIO)}); set "
-            "MMSA_CACHE to a folder that can be written"
+            f"{self.setting} to a folder that can be written"
         )
 
 
@@ -209,7 +225,7 @@ class _Part:
     @classmethod
     def claim(cls, path: Path, silence: float) -> "_Part | None":
         """The part at `path`, or one of our own where locks do not work or its holder sleeps; None while it is held."""
-        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -58,7 +58,7 @@ class RemoteFile(Expected):
         for _ in range(_TIMES):
             self.check()
             try:
-                return opener(self.path)
+                return self._opened(opener)
             except FileNotFoundError:  # evicted in between
                 continue
         raise TransientError(

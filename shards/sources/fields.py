@@ -146,8 +146,8 @@ def _check_bounded(at: str, value: Any, arrays: bool = True) -> None:
         ) from error
     if total > max(_LEAVES, _SHARED * held):
         raise DataError(
-            f"{at} is {pickles.describe(value)} that hold each other so often that they stand for more than "
-            f"{total - 1:.0e} numbers; expected an array"
+            f"{at} is {pickles.describe(value)} in which lists repeat each other until they stand for {total:.0e} "
+            "numbers; expected an array"
         )
 
 

@@ -14,7 +14,7 @@ import os
 import pickle
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -150,6 +150,23 @@ def _bytearray(data: Any = b"", encoding: str = "latin1") -> Any:
     return data
 
 
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Python visits all that a tuple holds for its place in a dict or set: of tuples in tuples that has no end."""
+    for key in keys:
+        if isinstance(key, tuple) and any(isinstance(part, tuple | frozenset) for part in key):
+            raise _RefusedError("a key of tuples in tuples")
+
+
+def _set(items: Any = ()) -> set[Any]:
+    items = list(items)
+    _check_keys(items)
+    return set(items)
+
+
+def _frozenset(items: Any = ()) -> frozenset[Any]:
+    return frozenset(_set(items))
+
+
 _BYTES = (bytes, bytearray, memoryview)
 
 _HOLLOW = 1 << 20
@@ -163,7 +180,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{
         (builtins, name): kind
         for builtins in ("builtins", "__builtin__")
-        for name, kind in (("set", set), ("frozenset", frozenset), ("bytearray", _bytearray))
+        for name, kind in (("set", _set), ("frozenset", _frozenset), ("bytearray", _bytearray))
     },
 }
 for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
@@ -211,6 +228,26 @@ class _Unpickler(pickle._Unpickler):
         """Frames say how far to read ahead, which a mapped file need not; older Pythons put whole arrays in one."""
         self._number("<Q")
 
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])  # type: ignore[attr-defined]
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        super().load_dict()  # type: ignore[misc]
+
+    def load_additems(self) -> None:
+        _check_keys(self.stack)  # type: ignore[attr-defined]
+        super().load_additems()  # type: ignore[misc]
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)  # type: ignore[attr-defined]
+        super().load_frozenset()  # type: ignore[misc]
+
     def load_long_bytes(self) -> None:
         self._load_bytes(self._number("<Q"))
 
@@ -252,6 +289,11 @@ class _Unpickler(pickle._Unpickler):
         pickle.BINBYTES8[0]: load_long_bytes,
         pickle.BYTEARRAY8[0]: load_long_bytes,
         pickle.BINSTRING[0]: load_string,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
     }
 
 
@@ -283,7 +325,8 @@ def load(path: Path) -> Any:
         memoryviews.
 
     Raises:
-        DataError: no such file, a pipe or a device, not a pickle, damaged, or it names anything else (which is never called).
+        DataError: no such file, a pipe or a device, not a pickle, damaged, or it names anything else, which is never
+            called.
     """
     Stamp.of(path)  # there is a file, on which nobody waits for ever
     try:

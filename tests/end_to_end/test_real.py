@@ -45,7 +45,7 @@ def part(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("system", "options"),
-    [("self_mm", ["--launcher", "local"]), pytest.param("ufen_mtfn", [], marks=pytest.mark.ray)],
+    [("self_mm", ["--launcher", "local"]), pytest.param("ufen_mtfn", [], marks=[pytest.mark.ray, pytest.mark.slow])],
 )
 def test_real_text_and_audio_are_learnt_from(system: str, options: list[str], part: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.real", "--data", str(part), "--out", str(tmp_path / "real")]

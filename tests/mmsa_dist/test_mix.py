@@ -52,6 +52,7 @@ def test_ranks_do_not_change_a_mix_and_a_restart_is_invisible(
         assert result[split]["mae"] == pytest.approx(whole, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_mix_is_trained_killed_and_resumed_as_a_user_does(sets: list[str], tmp_path: Path) -> None:
     """kill -9 of the launcher with its ranks; the same command with --resume, at another number of ranks."""

@@ -89,7 +89,7 @@ def test_a_key_of_the_wrong_length(tmp_path: Path, key: str) -> None:
         ("text", np.array(1.0), "valid.text is an array () of float64, expected a list or an array"),
         ("text", dict.fromkeys(range(4)), "valid.text is a dict of 4, expected a list or an array"),
         ("text", [[[1, 2], [3]]] * 4, "valid.text[0] is a list of 2 whose entries differ in length or depth"),
-        ("text", [ENDLESS] * 4, "valid.text[0] is a list of 1 whose entries differ in length or depth"),
+        ("text", [ENDLESS] * 4, "valid.text is a list of 4 whose entries differ in length or depth"),
         ("text_bert", [[[1, 2], [1]]] * 4, "valid.text_bert is a list of 4 whose entries differ in length or depth"),
     ],
 )

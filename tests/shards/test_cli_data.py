@@ -123,6 +123,7 @@ def test_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
+    assert "default: None" not in said and "default: )" not in said  # the help says in words what happens then
     assert sorted(set(re.findall(r"^[│ ]{1,4}(?:-h, )?(--[a-z][a-z-]*)", said, re.MULTILINE))) == FLAGS[command].split()
 
 

@@ -266,10 +266,12 @@ def test_options_that_cannot_be(tmp_path: Path, argv: list[str], said: str, caps
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", ["nowhere.tar", "s3://bucket/a.tar", "/dev/null", "."])
-def test_what_is_no_tar(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("given", "code"), [("nowhere/*.tar", 3), ("s3://bucket/a.tar", 2), ("/dev/null", 3), (".", 3)]
+)
+def test_what_is_no_tar(tmp_path: Path, given: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["index", given]) == 2
+    assert main(["index", given]) == code
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -319,14 +321,59 @@ def forged_table(index: Index, column: str, value: Any) -> Index:
 GUIDE = Path(__file__).parents[2] / "docs" / "your-data.md"
 
 
+def guided(heading: str) -> list[str]:
+    """The code below a heading of the guide."""
+    section = GUIDE.read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    return re.split(r"```(?:python)?\n", section.partition("\n## ")[0])[1::2]
+
+
 def test_the_guides_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    text = GUIDE.read_text(encoding="utf-8")
-    section = text.partition("\n## WebDataset shards of somebody else\n")[2].partition("\n## ")[0]
-    _, code, _, commands, *_ = re.split(r"```(?:python)?\n", section)
+    code, commands, *_ = guided("\n## WebDataset shards of somebody else")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
     exec(code, {})
     for line in commands.splitlines():
-        assert main(line.removeprefix("mmsa-dist ").replace("mine/*.tar", "mine/train-000.tar").split()) == 0
-    assert "mine: train 100, valid 0, test 0 samples; text 300, audio 74; 1 shards" in capsys.readouterr().out
-    assert len(read(Index.load("mine"))) == 100
+        words = line.removeprefix("mmsa-dist ").split()
+        tars = [str(path) for word in words if "*" in word for path in Path().glob(word)]
+        assert main([word for word in words if "*" not in word] + tars) == 0
+    assert "mine: train 100, valid 20, test 20 samples; text 300, audio 74; 3 shards," in capsys.readouterr().out
+    index = Index.load("mine")
+    assert len(read(index)) == 140
+    labels = [index.table(n)["label_M"].to_pylist() for n in range(3)]
+    assert all(told != sorted(told) for told in labels)
+
+
+def test_the_guides_way_to_sort_by_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    made = {f"{split}/v{n}": (split, arrays(rng)) for n in range(4) for split in ("train", "valid", "test")}
+    samples = [(key, members(a, "npy") | described(0.5, key, split=split)) for key, (split, a) in made.items()]
+    write_tar(tmp_path / "mixed" / "all-0.tar", samples)
+    with pytest.raises(DataError, match=r"write the shards anew, a tar for each \(docs/your-data\.md"):
+        indexed(tmp_path / "mixed", split="json:split")
+    monkeypatch.chdir(tmp_path)
+    exec(guided("\n### A tar for each split")[0], {})
+    index = indexed(tmp_path / "sorted")
+    assert index.splits == {"train": 4, "valid": 4, "test": 4}
+    for key, sample in read(index).items():
+        assert sample.split == made[key][0] and sample.raw_text == key
+        np.testing.assert_array_equal(sample.modalities["audio"], made[key][1]["audio"])
+
+
+def test_what_is_found_is_told_in_one_line(tmp_path: Path) -> None:
+    write_set(tmp_path, {"train": 2})
+    _, notes = index_tars([tmp_path], None, options(label="json:label", vision="none"))
+    assert notes[:2] == ["found: text in text.npy, audio in audio.npy, raw_text in json:text",
+                         "as told: label in json:label"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("01", True), (("-1", "1.0", "0"), True), (("0.5", "1"), False),
+                                                 ("0123", False)])  # fmt: skip
+def test_labels_that_look_like_classes(tmp_path: Path, labels: tuple[str, ...], classes: bool) -> None:
+    content = members(arrays(np.random.default_rng(0)), "npy")
+    for n in range(2):
+        samples = [(f"{n}/{i}", content | {"cls": labels[i].encode()}) for i in range(n, len(labels))]
+        write_tar(tmp_path / f"train-{n}.tar", samples)
+    _, notes = index_tars([tmp_path], None, options())
+    said = [note for note in notes if "classes?" in note]
+    assert bool(said) == classes and all("--label-range" in note for note in said)
+    _, notes = index_tars([tmp_path], None, options(label_range=(-1.0, 3.0), overwrite=True))
+    assert "classes?" not in str(notes)

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from mmsa_dist.__main__ import main
 from shards.errors import ConfigError, DataError
+from shards.foreign.scan import TABLES
 from shards.index import Index
 from shards.verify import check_shard
 from tests.shards.foreign import arrays, described, indexed, members, names, read, write_set, write_tar
@@ -35,6 +39,8 @@ def test_where_the_split_stands(tmp_path: Path) -> None:
     write_tar(tmp_path / "bad" / "part-0.tar", both)
     with pytest.raises(DataError, match="sample 'b' is of split test, the ones before it are of train"):
         indexed(tmp_path / "bad", overwrite=True)
+    with pytest.raises(DataError, match=r"sample 'a' has no split \(json:part\), expected train, valid or test"):
+        indexed(tmp_path / "bad", overwrite=True, split="json:part")
     write_tar(tmp_path / "odd" / "train_test.tar", [("a", sample | described(0, "x"))])
     with pytest.raises(ConfigError, match="its name says test and train"):
         indexed(tmp_path / "odd")
@@ -105,6 +111,36 @@ def test_an_index_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         indexed(own.folder, overwrite=True, label_range=(-3.0, 3.0))
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shards.foreign.place import Place
+from tests.shards.foreign import indexed
+
+Place.save = lambda place, index: os.kill(os.getpid(), signal.SIGKILL)
+indexed(Path(sys.argv[1]), overwrite=True, raw_text="none")
+"""
+
+
+def test_what_a_killed_one_left_goes_with_the_next(tmp_path: Path) -> None:
+    write_set(tmp_path, COUNTS)
+    write_set(tmp_path / "valid", {"more": 1})
+    indexed(tmp_path, label="none")
+    others = [tmp_path / TABLES / name for name in ("mine.arrow", "notes.txt")]
+    for path in others:
+        path.write_text("not a table of ours")
+    (tmp_path / TABLES / ".a.tar.0123456789ab.arrow.77.tmp").write_text("half a table")
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.rglob("*-0.tar.*.arrow"))) == 8
+    assert read(Index.load(tmp_path))  # the old one is whole
+    (tmp_path / "valid-0.tar").write_bytes(b"no tar")
+    with pytest.raises(DataError, match=r"valid-0\.tar"):
+        indexed(tmp_path, overwrite=True)
+    left = {path for path in (tmp_path / TABLES).rglob("*") if path.is_file()}
+    assert left == {Index.load(tmp_path).table_path(n) for n in range(4)} | set(others)
+
+
 def test_processes_make_no_difference(tmp_path: Path) -> None:
     write_set(tmp_path, COUNTS, tars=2)
     one = indexed(tmp_path)
@@ -123,3 +159,38 @@ def test_from_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert there.remote and there.fingerprint == here.fingerprint
     assert read(there).keys() == read(here).keys()
     assert check_shard(there, 0) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_links_of_an_index_that_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    write_set(tmp_path / "a", COUNTS)
+    write_set(tmp_path / "b", COUNTS | {"train": 13})
+    old = indexed(tmp_path / "a", tmp_path / "out")
+    before = {path: path.readlink() for path in (tmp_path / "out").glob("*.tar")}
+    last = tmp_path / "b" / "test-0.tar"
+    good = last.read_bytes()
+    if late:
+        monkeypatch.setattr(Index, "save", lambda index: (tmp_path / "none" / "x").write_text(""))
+    else:
+        last.write_bytes(b"no tar")
+    with pytest.raises(ConfigError if late else DataError):
+        indexed(tmp_path / "b", tmp_path / "out", overwrite=True)
+    last.write_bytes(good)
+    monkeypatch.undo()
+    assert {path: path.readlink() for path in (tmp_path / "out").glob("*.tar")} == before
+    assert Index.load(tmp_path / "out") == old and len(read(old)) == 17
+    assert len(read(indexed(tmp_path / "b", tmp_path / "out", overwrite=True))) == 18
+    assert names(tmp_path / "out") == ["index.json", TABLES, "test-0.tar", "train-0.tar", "valid-0.tar"]
+
+
+def test_names_that_an_index_cannot_hold(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    write_set(tmp_path / latin, COUNTS)
+    with pytest.raises(ConfigError, match=r"its name has bytes that are no UTF-8; rename it"):
+        indexed(tmp_path / latin)
+    with pytest.raises(ConfigError, match=r"its name has bytes that are no UTF-8; choose another"):
+        indexed(tmp_path / latin, tmp_path / latin / "out")
+    (tmp_path / latin).rename(tmp_path / "good")
+    (tmp_path / "good" / "test-0.tar").rename(tmp_path / "good" / "test-\n.tar")
+    with pytest.raises(ConfigError, match="its name has control characters, which an index cannot hold"):
+        indexed(tmp_path / "good")

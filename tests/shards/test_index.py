@@ -2,13 +2,16 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mmsa_dist.__main__ import main
 from shards.errors import DataError
@@ -226,3 +229,24 @@ def test_inspect_misses_a_tar(index: Index, damage: str, capsys: pytest.CaptureF
         os.truncate(tar, index.shards[1].bytes - 512)
     assert main(["inspect", str(index.folder)]) == 3
     assert f"error: {tar}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (lambda made: made["shards"][1].update(url=made["shards"][0]["url"]), "'0.tar' more than once"),
+        (lambda made: made["shards"][1].update(table=made["shards"][0]["url"]), "'0.tar' more than once"),
+        (lambda made: made["shards"][0].update(url="a\0.tar"), "has control characters"),
+        (lambda made: made["shards"][0].update(table="a\n.arrow"), "has control characters"),
+        (lambda made: made["statistics"]["audio"].update(std=[1.0, 1.0]), "statistics of audio have"),
+        (lambda made: made["statistics"]["audio"].pop("mean"), "statistics of audio have"),
+    ],
+)
+def test_what_no_packing_says(forge: Callable[[dict[str, Any]], None], said: str) -> None:
+    """Refused before any fingerprint is looked at."""
+    made = counted([("train", 2), ("test", 1)]).model_dump() | {"folder": Path(), "fingerprint": ""}
+    made["shards"] = list(made["shards"])
+    assert Index.model_validate(made)
+    forge(made)
+    with pytest.raises(ValidationError, match=said):
+        Index.model_validate(made)

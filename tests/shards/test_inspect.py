@@ -1,6 +1,7 @@
 """`mmsa-dist inspect`: numbers worked out by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from rich.console import Console
 from mmsa_dist.__main__ import main
 from shards import leaks
 from shards.index import Index
-from shards.inspect import summary
+from shards.inspect import Columns, summary
+from shards.picture import sequences
 from shards.shown import render
 from shards.utterance import SPLITS, Utterance
 from tests.shards.made import Samples, packed
@@ -93,8 +95,14 @@ def test_what_a_person_reads(index: Index) -> None:
         "text: 6 of 6 dimensions never change in train (0, 1, 2, 3, 4, …)",
         "audio: no sample of valid and test has it, though samples of train do",
         "videos were not compared",
+        " 0..0 │",
+        "kB of float16",
     ):
         assert expected in text
+    looked, checked = text.split("worth a look")[1].split("\nchecked\n")
+    assert "videos were not compared" in checked and "transcripts: 1 occurs in more than one split" in looked
+    assert "audio: 2 values" in looked
+    assert text.count("± 0.00") == 1  # of T in train, whose labels are all alike; of one sample there is none
     labels, unimodal = text.split("label M, by nearest label")[1].split("single modalities, by nearest")
     bars = {line.split("│")[1].strip(): line.count("█") for line in labels.splitlines() if "│" in line}
     assert bars["+3"] == 30  # the longest
@@ -158,6 +166,52 @@ def test_transcripts_and_videos_in_several_splits(tmp_path: Path) -> None:
     assert "transcripts: 2 occur in more than one split, 1 of them of 5 words or more" in text
     assert "train 2 of 4, valid 1 of 1, test 2 of 4" in " ".join(text.split())
     assert "train v1$_$1, test v1$_$3: 'I really did like this film!'" in text
+    lines = text.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("- videos: 2 of 4 have"))
+    after = next(n for n, line in enumerate(lines) if "'I really did" in line)
+    assert (after < first and lines[first + 2].strip().startswith("video v1:")) or "video v1:" in lines[first + 1]
+
+
+def test_scales_that_differ_a_thousandfold(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scale = np.array([0.01, 1, 20, 1, 1], np.float32)
+    made = [
+        Utterance(f"{split}{n}", split, {"audio": rng.standard_normal((9, 5)).astype(np.float32) * scale}, {"M": 0.5})
+        for split in SPLITS
+        for n in range(20)
+    ]
+    (remark,) = [said for said in summary(packed(tmp_path / "set", made))["remarks"] if said.startswith("audio")]
+    assert re.fullmatch(
+        r"audio: deviations of its dimensions go from 0\.0\d+ to [12]\d\.?\d*; --data\.normalize audio standardises it",
+        remark,
+    )
+    for utterance in made:
+        utterance.modalities["audio"] /= scale
+    assert not any("deviations" in said for said in summary(packed(tmp_path / "even", made))["remarks"])
+
+
+def test_labels_that_tell_their_place(tmp_path: Path) -> None:
+    made = [
+        Utterance(f"{s}{n}", s, {"text": np.ones((1, 6), np.float32)}, {"M": n / 10 - 3})
+        for s in SPLITS
+        for n in range(60)
+    ]
+    index = packed(tmp_path / "set", made, shard_bytes=10_000)
+    columns = Columns.of(index)
+    assert not any("place on disk" in said for said in summary(index, columns=columns)["remarks"])  # pack shuffles
+    columns.labels["M"].sort()
+    (remark,) = [said for said in summary(index, columns=columns)["remarks"] if "place on disk" in said]
+    shards = len(index.shards_of("train"))
+    assert remark.startswith("label M: in train it correlates with its place on disk (+1.00)")
+    assert f"(8 unless told; train has {shards})" in remark
+
+
+@pytest.mark.parametrize(("labels", "said"), [((0.0, 1.0), True), ((0.0, 1.5), False), ((-1.0, 1.0), False)])
+def test_whole_labels_that_may_be_classes(tmp_path: Path, labels: tuple[float, float], said: bool) -> None:
+    text = np.ones((1, 6), np.float32)
+    made = [Utterance(f"{s}{n}", s, {"text": text}, {"M": labels[n % 2]}) for s in SPLITS for n in range(4)]
+    remark = "label M: only 0 and 1 occur, in a range of -3..3: are these classes, or another range?"
+    assert (remark in summary(packed(tmp_path / "set", made))["remarks"]) == said
 
 
 def test_fast_reads_no_transcript(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +302,13 @@ def test_classes_are_counted(classes: Index) -> None:
         ["happy", "1", "2 (25%)"],
     ]
     assert "neutral (3 classes), happy (2 classes)" in rendered(told)
+
+
+def test_a_picture_has_no_panel_of_vectors(index: Index) -> None:
+    columns = Columns.of(index)
+    assert list(sequences(index, columns)) == ["text", "audio", "tokens"]
+    columns.lengths["audio"][:] = np.minimum(columns.lengths["audio"], 1)
+    assert list(sequences(index, columns)) == ["text", "tokens"]
 
 
 def test_picture(index: Index, classes: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def nobody_is_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))  # servers of other tests
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    now = set(psutil.Process().children(recursive=True)) - before
+    left = [p for p in now if p.status() != psutil.STATUS_ZOMBIE]
     assert not [p for p in left if "ray" not in " ".join(p.cmdline())]
 
 

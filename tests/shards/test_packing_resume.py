@@ -211,7 +211,7 @@ def test_a_record_says_all_there_is(tmp_path: Path) -> None:
 
 def test_the_fullest_of_several_is_taken_and_no_link(tmp_path: Path) -> None:
     full = stopped(tmp_path)
-    poor, link = tmp_path / ".set.packing-000", tmp_path / ".set.packing-001"
+    poor, link = tmp_path / ".set.packing-00000000", tmp_path / ".set.packing-00000001"
     poor.mkdir()
     (poor / JOB).write_bytes((full / JOB).read_bytes())
     elsewhere = tmp_path / "elsewhere"

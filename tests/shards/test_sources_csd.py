@@ -164,7 +164,7 @@ def test_not_finite_values_are_counted(tmp_path: Path) -> None:
     for align, values in (("segments", 1), ("words", 1)):
         index, notes = pack(source(tmp_path, audio=broken, words=WORDS, align=align), tmp_path / align)
         assert index.non_finite == {"audio": values}
-        assert f"audio: {values} values were NaN or infinite; zeroed" in notes
+        assert f"audio: {values} value was NaN or infinite; zeroed" in notes
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:

@@ -115,9 +115,18 @@ def test_a_missing_file_is_an_absent_modality(tmp_path: Path, together: bool) ->
     assert of.notes() == [f"vision: 2 of 24 utterances have no file, e.g. {example}"]
     assert list(everything(of)["v3/0"].modalities) == ["text", "audio"]
     _, notes = pack(of, tmp_path / "set")
-    assert "vision: 2 samples have none; marked absent" in notes
+    assert [note for note in notes if note.startswith("vision")] == of.notes()  # said once
     said = refused(tmp_path, DataError, given, together=together, strict=True)
     assert f"vision of 2 utterances is missing, e.g. {example}; leave --strict out where that may be" in said
+
+
+def test_what_is_absent_besides_the_missing_files_is_said_too(tmp_path: Path) -> None:
+    given = arrays()
+    del given["vision"]["v0/1"]
+    given["vision"]["v3/0"][:] = np.nan
+    _, notes = pack(source(tmp_path, given), tmp_path / "set")
+    assert "vision: 1 of 24 utterances has no file, e.g. vision/v0/1.npy" in notes
+    assert "vision: 2 samples have none; marked absent" in notes
 
 
 def test_a_modality_without_any_file_is_not_of_the_set(tmp_path: Path) -> None:

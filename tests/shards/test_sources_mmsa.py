@@ -187,8 +187,8 @@ def test_a_sample_without_a_step_or_a_finite_value_lacks_the_modality(tmp_path: 
     assert rows[data["train"]["id"][1]]["length_audio"] == 0
     assert rows[data["train"]["id"][1]]["length_text"] > 0
     assert rows[data["train"]["id"][5]]["length_vision"] == 0
-    assert "audio: 1 samples have none; marked absent" in notes
-    assert "vision: 1 samples have none; marked absent" in notes
+    assert "audio: 1 sample has none; marked absent" in notes
+    assert "vision: 1 sample has none; marked absent" in notes
 
 
 def test_lengths_beyond_the_padding_are_cut_and_reported(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from shards.errors import ConfigError, DataError, MmsaError
 from shards.index import Index
+from shards.read import ShardReader
 from shards.sources.columns import Columns
 from shards.sources.table import TableSource
 from shards.utterance import SPLITS, Utterance
@@ -203,13 +204,35 @@ def test_rows_of_nan_are_absent(tmp_path: Path) -> None:
         row["key"] for n in range(len(index.shards)) for row in index.table(n).to_pylist() if not row["length_audio"]
     ]
     assert absent == [features["id"][3]]
-    assert "audio: 1 samples have none; marked absent" in notes
+    assert "audio: 1 sample has none; marked absent" in notes
 
 
 def test_ids_that_the_table_lacks_are_left_out_and_said(tmp_path: Path) -> None:
     columns = {name: values[:-2] for name, values in table().items()}
     of = source(tmp_path, columns, arrays(), audio="sound")
     assert of.notes() == ["2 of the 24 ids of features.npz are not in the table; left out"]
+
+
+@pytest.mark.parametrize(("file", "name"), [("utterances", "mosi"), ("labels", "mosi"), ("mine", "mine")])
+def test_a_csv_whose_name_says_nothing_has_its_folders(tmp_path: Path, file: str, name: str) -> None:
+    folder = tmp_path / "MOSI"
+    folder.mkdir()
+    csv = write_csv(folder, table()).rename(folder / f"{file}.csv")
+    assert TableSource(csv).name == name
+
+
+@pytest.mark.parametrize("split", [None, "test", "train"])
+def test_utterances_without_labels_can_be_packed(tmp_path: Path, split: str | None) -> None:
+    """They are there to be predicted: any split will do, and no split column is none other than test."""
+    columns = table()
+    del columns["label"], columns["split"]
+    told = columns | ({"split": [split] * ROWS} if split else {})
+    index, _ = pack(source(tmp_path, told, arrays(), audio="sound", label="none"), tmp_path / "set")
+    assert index.splits == dict.fromkeys(SPLITS, 0) | {split or "test": ROWS}
+    assert index.tasks == ()
+    with ShardReader(index) as reader:
+        assert {reader.sample(n).key for n in range(ROWS)} == set(arrays()["id"])
+        assert not reader.sample(0).labels
 
 
 # --- law 9
@@ -247,6 +270,7 @@ def test_two_split_columns_need_a_choice(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"label": ["good", *[0] * 23]}, "table.csv line 2: label is 'good', expected a number"),
+        ({"label": ["", *[0] * 23]}, "table.csv line 2: label is '', expected a number; --label none packs utterances"),
         ({"split": [*["train"] * 23, "tset"]}, "table.csv line 25: split is 'tset'; did you mean 'test'?"),
         (
             {"split": [*["train"] * 23, "test"]},

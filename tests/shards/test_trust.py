@@ -1,17 +1,21 @@
 """Each file's checksum is verified before its first use, once per node, and again whenever it may have changed."""
 
+import errno
 import os
+import resource
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
 import shards.trust
-from shards.errors import DataError
-from shards.files import sha256_of
+from shards.errors import ConfigError, DataError, TransientError
+from shards.files import open_lock, sha256_of
 from shards.index import Index
 from shards.read import ShardReader
+from shards.trust import cache_folder
 from tests.shards.made import overwrite, packed, settle, utterances
 
 
@@ -125,3 +129,75 @@ def test_unverified_on_request(index: Index, hashed: list[Path]) -> None:
     with ShardReader(index, verify=False) as reader:
         reader.samples(range(index.num_samples))
     assert hashed == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (errno.EACCES, DataError, "let this user read it"),
+        (errno.EMFILE, TransientError, "raise the limit"),
+        (errno.EIO, TransientError, "just now"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    index: Index, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception], said: str
+) -> None:
+    def refused(path: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(kind, match=rf"{index.table_path(0).name}: cannot be read .*{said}"):
+        index.expected_table(0).use(refused, verify=False)
+    monkeypatch.setattr(shards.trust, "sha256_of", refused)
+    with pytest.raises(kind, match=rf"{index.tar_path(0).name}: cannot be read .*{said}"):
+        index.expected_tar(0).check()
+    with pytest.raises(kind, match=said):
+        index.table(0)
+
+
+def test_no_more_open_files(index: Index) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    index.table(0)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(TransientError, match="Too many open files"):
+            index.table(0, verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_cache_where_nobody_may_look(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSA_CACHE", f"/{'long' * 100}")  # as a folder of another user, an error that is no "no"
+    read_all(index)
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MMSA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654_321)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700 and cache_folder() == folder
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="is not a folder of this user alone; set MMSA_CACHE"):
+        cache_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder of this user alone"):
+        cache_folder()
+
+
+def test_a_relative_cache_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSA_CACHE", "relative-to-the-first")
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder() == tmp_path / "relative-to-the-first"
+    monkeypatch.chdir("/")
+    assert cache_folder() == tmp_path / "relative-to-the-first"
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("three years")
+    (tmp_path / "lock").symlink_to(tmp_path / "thesis")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_lock(tmp_path / "lock")
+    os.close(open_lock(tmp_path / "thesis"))
+    assert (tmp_path / "thesis").read_text() == "three years"

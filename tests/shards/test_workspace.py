@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from shards.errors import ConfigError
 from shards.index import Index
 from shards.sources.generated import GeneratedSource
 from shards.utterance import Utterance
-from shards.workspace import workspace
+from shards.workspace import check_target, workspace
 from shards.write import pack
 
 pytestmark = pytest.mark.fault
@@ -59,7 +60,7 @@ def test_overwrite_looks_again_before_it_replaces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["set", "a[1]", "s*t?"])
 def test_what_a_killed_packing_left_is_removed_and_a_working_one_is_not(tmp_path: Path, name: str) -> None:
-    dead, working = tmp_path / f".{name}.packing-dead", tmp_path / f".{name}.packing-works"
+    dead, working = tmp_path / f".{name}.packing-deceased", tmp_path / f".{name}.packing-at_work_"
     for folder in (dead, working):
         folder.mkdir()
         (folder / "train-00000.tar").write_bytes(b"half")
@@ -71,7 +72,7 @@ def test_what_a_killed_packing_left_is_removed_and_a_working_one_is_not(tmp_path
 
 
 def test_a_stale_folder_that_is_gone_when_it_is_looked_at(tmp_path: Path) -> None:
-    (tmp_path / ".set.packing-gone").symlink_to(tmp_path / "nowhere")  # listed, but nothing to open
+    (tmp_path / ".set.packing-gone_now").symlink_to(tmp_path / "nowhere")  # listed, but nothing to open
     pack(GeneratedSource("mosi", 5), tmp_path / "set")
 
 
@@ -96,3 +97,46 @@ def test_a_workspace_just_made_is_not_taken_for_a_stale_one(tmp_path: Path, monk
         others[0].join(timeout=60)
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_target_whose_name_goes_on_like_a_workspace(tmp_path: Path) -> None:
+    other = tmp_path / ".set.packing-b.packing-abcdefgh"
+    other.mkdir()
+    pack(GeneratedSource("mosi", 5), tmp_path / "set")
+    assert other.is_dir()
+
+
+def test_old_data_that_a_killed_exchange_left_goes_with_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    pack(GeneratedSource("mosi", 5), out)
+    shutil.copytree(out, tmp_path / ".set.123.old")
+    (tmp_path / ".set.124.old").mkdir()  # no data set: somebody's own
+    pack(GeneratedSource("mosi", 6), out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.124.old", "set"]
+
+
+def test_a_target_that_cannot_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--out /proc is where a disk is mounted; .* e\.g\. /proc/mosi"):
+        check_target(Path("/proc"), True)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for out in (Path(), Path("..")):
+        with pytest.raises(ConfigError, match="is the folder you are in, or one above it"):
+            pack(GeneratedSource("mosi", 5), out)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "below"]
+
+
+def test_names_that_nothing_can_hold(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="its links lead nowhere"):
+        pack(GeneratedSource("mosi", 5), tmp_path / "loop")
+    latin = os.fsdecode(b"caf\xe9")
+    with pytest.raises(ConfigError, match="its name has bytes that are no UTF-8"):
+        pack(GeneratedSource("mosi", 5), tmp_path / latin)
+    with pytest.raises(ConfigError, match="give another with --name"):
+        pack(GeneratedSource("mosi", 5), tmp_path / "set", name=latin)
+    source = GeneratedSource("mosi", 5)
+    source.provenance |= {"file": f"{latin}.csv"}
+    with pytest.raises(ConfigError, match=r"its file, .* which an index cannot hold; rename it"):
+        pack(source, tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]

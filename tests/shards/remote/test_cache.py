@@ -328,3 +328,25 @@ def test_a_file_evicted_between_check_and_use(server: Web) -> None:
 
     with pytest.raises(TransientError, match="evicted from the cache faster than it is opened"):
         file.use(never)
+
+
+def test_an_object_that_is_a_folder(server: Web) -> None:
+    file = remote_file(server, 0)
+    file.path.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cannot be used as cache of remote shards \(Is a directory\)"):
+        file.check()
+    fetch_all(server.url, [1])
+
+
+def test_a_lock_that_is_a_link(server: Web, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("three years")
+    Cache().folder.mkdir(parents=True)
+    (Cache().folder / ".room").symlink_to(tmp_path / "thesis")
+    with pytest.raises(ConfigError, match="cannot be used as cache of remote shards"):
+        fetch_all(server.url, [0])
+    assert (tmp_path / "thesis").read_text() == "three years" and files() == []
+
+
+def test_another_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set TMPDIR to a folder"):
+        Cache(Path("/proc/none"), 10, setting="TMPDIR").fetch(Wanted("http://127.0.0.1:9/x", 1, "0" * 64))

@@ -91,7 +91,8 @@ def test_a_fault_that_lasts(server: Web, fault: str, monkeypatch: pytest.MonkeyP
         fetched(server)
     assert type(error.value) is kind
     assert sentence in str(error.value) and str(error.value).startswith(f"{server.url}/o.tar: ")
-    assert server.gets["o.tar"] == tries
+    # on a busy machine a try may time out before its request is read
+    assert server.gets["o.tar"] == tries or (fault == "stalls" and 0 < server.gets["o.tar"] < tries)
     assert time.monotonic() - began < 15, "pauses and silences are bounded"
     assert error.value.__context__ is None, "no library's words in the chain"
 
@@ -124,7 +125,9 @@ def test_an_s3_endpoint_with_a_fault(server: Web, fault: str, monkeypatch: pytes
     with pytest.raises(MmsaError) as error:
         download("s3://bucket/o.tar", len(DATA), checksum, lambda: None, lambda piece: None)
     assert type(error.value) is kind and sentence in str(error.value) and error.value.__context__ is None
-    assert server.gets["bucket/o.tar"] == tries
+    # on a busy machine a try may time out before its request is read; there must be none beside ours
+    asked = server.gets["bucket/o.tar"]
+    assert asked == tries or (fault == "stalls" and 0 < asked < tries)
     server.script["bucket/o.tar"] = [answer, well]
     if kind is TransientError:
         download("s3://bucket/o.tar", len(DATA), checksum, lambda: None, lambda piece: None)
