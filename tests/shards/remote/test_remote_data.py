@@ -1,8 +1,10 @@
 """A data set in a bucket is read as one on this disk is: the same epochs, the same refusals, and no secret told."""
 
+import errno
 import logging
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -19,8 +21,10 @@ from shards.loader import Loader
 from shards.mix import Mix, open_reader
 from shards.plan import evaluation_plan, training_plan
 from shards.read import ShardReader
-from shards.remote.ahead import Ahead
+from shards.remote.ahead import THREADS, Ahead, InOrder
 from shards.remote.cache import Cache
+from shards.remote.file import RemoteFile
+from shards.verify import check_shard
 from tests.shards.made import packed, utterances
 from tests.shards.remote import servers
 from tests.shards.remote.servers import KEY, SECRET, Bucket, status
@@ -274,3 +278,23 @@ def test_the_wrong_file_behind_an_address(tmp_path: Path) -> None:
         (tmp_path / "index.json").write_text("<html>sign in</html>")
         with pytest.raises(DataError, match=r"index\.json: not valid JSON"):
             Index.load(server.url)
+
+
+def test_no_error_ends_looking_ahead(local: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refused(file: RemoteFile, wait: bool = True) -> None:
+        tried.append(file.url)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(RemoteFile, "fetch", refused)
+    index = Index.load(local.folder.as_uri())
+    assert len(index.shards) > THREADS
+    with Ahead(index, InOrder(0, index.num_samples), begin=0, depth=len(index.shards)):
+        settle(lambda: len(tried) == 2 * len(index.shards))
+
+
+def test_no_room_to_verify_names_the_folder_that_lacks_it(local: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
+    with pytest.raises(TransientError, match=r"cannot be fetched into a temporary folder .* set TMPDIR"):
+        check_shard(Index.load(local.folder.as_uri()), 0)
