@@ -17,6 +17,7 @@ from typing import Any
 from mmsa_dist import checkpoint, run_folder
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
+from shards.listening import check_listens
 
 RANK_ENVIRONMENT = {
     # two ranks on two cores must not spin at barriers: one epoch was seen to take 1 to 42 s so
@@ -241,7 +242,7 @@ def check_place(recipe: Recipe) -> None:
 
             check_gpus(recipe, torch.cuda.device_count(), "this machine")
     elif recipe.launch.launcher == "ray" and address not in (None, "auto"):
-        check_address(str(address))
+        check_listens(str(address), "launch.address")
 
 
 def cluster_address(recipe: Recipe) -> str | None:
@@ -284,22 +285,6 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
         reason = " ".join(str(error).split())[:300]
         raise TransientError(
             f"launch.address: no Ray cluster answers at {address or 'this machine'}: {reason}; "
-            "start one (ray start --head) or leave the address out"
-        ) from error
-
-
-def check_address(address: str) -> None:
-    """Whether anything listens at ``host:port`` or ``ray://host:port``; Ray itself would try for minutes."""
-    import socket
-
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"launch.address: {address!r} is not host:port, ray://host:port or auto")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise TransientError(
-            f"launch.address: no Ray cluster answers at {address}: {error.strerror or error}; "
             "start one (ray start --head) or leave the address out"
         ) from error
 

@@ -8,11 +8,8 @@ one small Arrow file a shard (JSON would not carry 10^8 samples), which is memor
 import hashlib
 import json
 import unicodedata
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -21,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shards.errors import DataError
 from shards.files import write_atomic
+from shards.numbering import Numbered
 from shards.remote.file import RemoteFile
 from shards.remote.store import read
 from shards.remote.url import child_url, folder_url, is_url
-from shards.suggest import nearest
 from shards.tables import table_schema
 from shards.trust import Expected, cache_folder
 from shards.utterance import EMOTIONS, MODALITIES, SPLITS, TASKS
@@ -81,7 +78,7 @@ class Modality(_Part):
     max_length: int = Field(ge=1)
 
 
-class Index(_Part):
+class Index(_Part, Numbered):
     """A packed data set."""
 
     name: str
@@ -290,42 +287,6 @@ class Index(_Part):
                 f"{self.shards[shard_no].samples} with {schema.names}; pack again"
             )
         return table
-
-    # --- numbers
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return list(accumulate((shard.samples for shard in self.shards), initial=0))
-
-    @property
-    def num_samples(self) -> int:
-        return self._firsts[-1]
-
-    def first(self, shard_no: int) -> int:
-        """Number of the first sample of a shard; ``first(len(shards))`` is the number of samples."""
-        return self._firsts[shard_no]
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """(shard, row in its table) of the sample with this number."""
-        assert 0 <= number < self.num_samples, number
-        shard_no = bisect_right(self._firsts, number) - 1
-        return shard_no, number - self._firsts[shard_no]
-
-    def shards_of(self, split: str) -> range:
-        """Numbers of the split's shards."""
-        mine = [n for n, shard in enumerate(self.shards) if shard.split == split]
-        return range(mine[0], mine[-1] + 1) if mine else range(0)
-
-    def numbers(self, split: str) -> range:
-        """Numbers of the split's samples; empty where the data set lacks the split.
-
-        Raises:
-            DataError: no data set has such a split.
-        """
-        if split not in SPLITS:
-            raise DataError(f"unknown split {split!r}{nearest(split, SPLITS)}")
-        shards = self.shards_of(split)
-        return range(self.first(shards.start), self.first(shards.stop)) if shards else range(0)
 
 
 def _local_text(path: Path) -> tuple[str, str]:

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from itertools import islice
 from threading import Lock
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from shards.batch import Batch, BatchSpec, TextIds, collate
+from shards.closing import Closing
 from shards.mix import AnyReader
 from shards.plan import EvaluationPlan, Piece, Plan, share
 from shards.remote.ahead import InOrder, Order, looking_ahead
@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class Loader:
+class Loader(Closing):
     """Reads and collates the batches of one rank.
 
     Args:
@@ -75,14 +75,6 @@ class Loader:
         """Ends the threads. Iterators that are not used up yet cannot be used afterwards."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _looking_ahead(self, order: Order, begin: int) -> AbstractContextManager[Callable[[int], None]]:
         index = self._reader.index

@@ -7,7 +7,6 @@ are trained on is said at `shards.order.MixedOrder`.
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -15,19 +14,19 @@ from functools import cached_property
 from itertools import accumulate
 from math import isfinite, lcm
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.closing import Closing
 from shards.errors import ConfigError, DataError
 from shards.index import Index, Modality, Shard
+from shards.numbering import Numbered
 from shards.order import MOST_SHARES, MixedOrder, ShardOrder, packed_counts, reduced
 from shards.quarantine import without
 from shards.read import ShardReader
-from shards.suggest import nearest
 from shards.trust import Expected
 from shards.utterance import MODALITIES, SPLITS, Utterance
 
@@ -35,7 +34,7 @@ Widths = Literal["refuse", "blocks"]
 """What is done where sets have features of different widths for a modality: refuse, or give each its own columns."""
 
 
-class Mix:
+class Mix(Numbered):
     """The joint index of several data sets. Has those attributes and methods of an `Index` that training asks for.
 
     Args:
@@ -74,7 +73,6 @@ class Mix:
             for shard_no in part.shards_of(split)
         ]
         self.shards: tuple[Shard, ...] = tuple(self.parts[i].shards[n] for _, i, n in self._shards)
-        self._firsts = list(accumulate((shard.samples for shard in self.shards), initial=0))
 
     # --- what it is
 
@@ -170,41 +168,11 @@ class Mix:
 
     # --- numbers
 
-    @property
-    def num_samples(self) -> int:
-        return self._firsts[-1]
-
-    def first(self, shard_no: int) -> int:
-        """Number of the first sample of a shard; ``first(len(shards))`` is the number of samples."""
-        return self._firsts[shard_no]
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """(shard, row in its table) of the sample with this number."""
-        assert 0 <= number < self.num_samples, number
-        shard_no = bisect_right(self._firsts, number) - 1
-        return shard_no, number - self._firsts[shard_no]
-
     def place(self, number: int) -> tuple[int, int]:
         """(set, number in that set) of the sample with this number in the mix."""
         shard_no, row = self.locate(number)
         _, part, own = self._shards[shard_no]
         return part, self.parts[part].first(own) + row
-
-    def shards_of(self, split: str) -> range:
-        """Numbers of the split's shards."""
-        mine = [n for n, (of, _, _) in enumerate(self._shards) if of == split]
-        return range(mine[0], mine[-1] + 1) if mine else range(0)
-
-    def numbers(self, split: str) -> range:
-        """Numbers of the split's samples.
-
-        Raises:
-            DataError: no data set has such a split.
-        """
-        if split not in SPLITS:
-            raise DataError(f"unknown split {split!r}{nearest(split, SPLITS)}")
-        shards = self.shards_of(split)
-        return range(self.first(shards.start), self.first(shards.stop)) if shards else range(0)
 
     def ranges(self, split: str) -> dict[str, range]:
         """Set -> the numbers of its samples of `split`, where it has some."""
@@ -330,7 +298,7 @@ class Mix:
         return sum(int(pc.sum(part.table(n)[f"length_{modality}"]).as_py()) for n in part.shards_of("train"))
 
 
-class MixReader:
+class MixReader(Closing):
     """Reads the samples of a mix by number; as `ShardReader`."""
 
     def __init__(self, index: Mix, verify: bool = True, open_shards: int = 16) -> None:
@@ -350,14 +318,6 @@ class MixReader:
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 AnyIndex = Index | Mix

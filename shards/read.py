@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from tarfile import BLOCKSIZE
 from threading import Lock
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from shards.closing import Closing
 from shards.errors import DataError, TransientError
 from shards.foreign.arrays import DTYPES, FLOATS, INTEGERS
 from shards.foreign.fields import field_of
@@ -39,7 +39,7 @@ _NAME = 100
 """Bytes of a member's name in its tar header; of a longer one they are its beginning."""
 
 
-class ShardReader:
+class ShardReader(Closing):
     """Reads samples by number. Threads may share one.
 
     Args:
@@ -79,14 +79,6 @@ class ShardReader:
         """Forgets all mapped files; each is unmapped when the last array that looks into it is gone."""
         with self._lock:
             self._open.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _shard(self, shard_no: int) -> "_Shard":
         with self._lock:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Self, cast
 
 from shards.errors import ConfigError, TransientError
 from shards.half import worth_torch
+from shards.listening import check_listens
 from shards.packing.job import Job, Piece
 from shards.packing.processes import InOrder, LostError, attempt
 from shards.packing.shard import Record, Report, make
@@ -148,7 +148,7 @@ def _connect(address: str) -> bool:
     if ray.is_initialized():
         return False
     if address not in (LOCAL, "auto"):
-        _check_address(address)
+        check_listens(address, "--address")
     own = {"include_dashboard": False, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -161,21 +161,6 @@ def _connect(address: str) -> bool:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's own ends this process on the spot
     return True
-
-
-def _check_address(address: str) -> None:
-    """Whether anything listens there; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--address {address} is not host:port, ray://host:port or auto")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise TransientError(
-            f"--ray: no Ray cluster answers at {address}: {reason}; start one (ray start --head) or leave the "
-            "address out"
-        ) from error
 
 
 def _line(error: BaseException) -> str:

@@ -8,12 +8,12 @@ from copy import copy
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.closing import Closing
 from shards.errors import MmsaError
 from shards.remote.cache import Cache
 from shards.remote.file import RemoteFile
@@ -43,7 +43,7 @@ class Order(Protocol):
     def between(self, begin: int, end: int) -> NDArray[np.int64]: ...
 
 
-class Ahead:
+class Ahead(Closing):
     """Fetches the shards of an epoch in the order in which they are needed, so many before they are.
 
     What cannot be fetched is left to the reader that needs it, which tries again and says what is wrong.
@@ -88,14 +88,6 @@ class Ahead:
                 self._queue.get_nowait()
         for _ in range(THREADS):
             self._queue.put(None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _first_samples(self, order: Order, begin: int) -> Iterator[tuple[int, int]]:
         """(position of its first sample from `begin` on, shard), of each shard in the order of these positions."""
