@@ -98,9 +98,10 @@ def both_loops(config: dict[str, Any]) -> None:
     from mmsa_dist.recipe import from_dict
     from mmsa_dist.session import label_generator, open_session
     from mmsa_dist.systems import get_system
+    from mmsa_dist.worker import share_cores
     from shards.plan import share
 
-    torch.set_num_threads(1)
+    share_cores(1)
     recipe = from_dict(config["recipe"])
     folder = Path(config["folder"])
     folder.mkdir()

@@ -97,15 +97,14 @@ def trained(system: str, data: Path, folder: Path, world: int, epochs: int) -> l
 
 def rank_main(told: dict[str, Any]) -> None:
     """One rank."""
-    import torch
     import torch.distributed as dist
 
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session
-    from mmsa_dist.worker import end_with, join_group
+    from mmsa_dist.worker import end_with, join_group, share_cores
 
     end_with(told["launcher"])
-    torch.set_num_threads(1)
+    share_cores(1)
     rank, world, run = told["rank"], told["world"], Path(told["run"])
     words = ["--data", told["data"], "--tracking.no-enabled", "--epochs", str(told["epochs"])]
     recipe = load_recipe(told["system"], None, [*words, "--workers", str(world)])

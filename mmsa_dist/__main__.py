@@ -47,6 +47,16 @@ Set MMSA_DEBUG=1 to see tracebacks."""
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and gives its exit code; every error that is the user's to mend is one sentence on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = _command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())))
@@ -70,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + (came[0] if came else signal.SIGINT)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:  # ours to mend: show where

@@ -32,9 +32,7 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
     events = run_folder.Events(folder, rank)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
     try:
-        import torch
-
-        torch.set_num_threads(recipe.launch.cpus_per_worker)
+        share_cores(recipe.launch.cpus_per_worker)
         from mmsa_dist.loop import fit
         from mmsa_dist.session import open_session
         from mmsa_dist.tracking import open_tracker
@@ -57,6 +55,19 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         raise
     finally:
         events.close()
+
+
+SWITCH = 0.0005
+"""Seconds that a thread of a rank may keep the interpreter from another that asks for it. By Python's 5 ms, the threads
+that read samples would hold the training thread up by as much after every operation of torch, each of which lets go."""
+
+
+def share_cores(cpus: int) -> None:
+    """Makes this process a rank of `cpus` cores: torch's threads, and how they alternate with those that read."""
+    import torch
+
+    torch.set_num_threads(cpus)
+    sys.setswitchinterval(SWITCH)
 
 
 def record_failure(folder: Path, rank: int, error: BaseException) -> None:

@@ -25,6 +25,7 @@ from shards.index import Index
 from shards.packing.job import stored_order
 from shards.pickled import Pickler, Streamed
 from shards.read import ShardReader
+from shards.suggest import counted, has
 from shards.utterance import MODALITIES, SPLITS, Utterance
 
 LAYOUTS = ("auto", "aligned", "unaligned")
@@ -267,7 +268,10 @@ def _notes(index: Index, parts: dict[str, _Part], shape: _Shape) -> list[str]:
         notes.append(f"{unknown:,} samples have no label M: nan")
     for m in index.modalities:
         if absent := sum(int((part.lengths[m] == 0).sum()) for part in parts.values()):
-            notes.append(f"{m}: {absent:,} samples have none: zeros" + ("" if shape.aligned else " of length 0"))
+            notes.append(
+                f"{m}: {counted(absent, 'sample')} {has(absent)} none: zeros"
+                + ("" if shape.aligned else " of length 0")
+            )
     if missing := [split for split in SPLITS if split not in parts]:
         notes.append(f"no samples of {', '.join(missing)}: MMSA needs all three splits")
     return notes

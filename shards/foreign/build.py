@@ -22,6 +22,7 @@ from shards.index import Index, Modality
 from shards.moments import Moments
 from shards.packing.job import installed
 from shards.packing.processes import Here, Processes, chosen
+from shards.suggest import counted, has, was
 from shards.utterance import SPLITS
 from shards.write import MEGABYTE, Show, silent
 
@@ -199,12 +200,12 @@ class _Total:
             for how, found in (("found", True), ("as told", False))
             if any((what in guessed) == found for what in places)
         ]
-        counted = [
-            (self._non_finite, "values are NaN or infinite; they are read as zero"),
-            (self._absent, "samples have none; marked absent"),
-            (self._padding, "steps at the ends of samples are padding; not read"),
-        ]
-        told += [f"{name}: {n:,} {what}" for counts, what in counted for name, n in counts.items() if n]
+        for name, n in self._non_finite.items():
+            told += [f"{name}: {counted(n, 'value')} {was(n)} NaN or infinite, read as zero"] if n else []
+        for name, n in self._absent.items():
+            told += [f"{name}: {counted(n, 'sample')} {has(n)} none; marked absent"] if n else []
+        for name, n in self._padding.items():
+            told += [f"{name}: {counted(n, 'step')} at the ends of samples, padding: not read"] if n else []
         if self._unread:
             names = ", ".join(f".{suffix} ({n:,})" for suffix, n in sorted(self._unread.items())[:8])
             told.append(f"members that are never read: {names}{', …' if len(self._unread) > 8 else ''}")

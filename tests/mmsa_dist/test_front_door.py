@@ -22,6 +22,17 @@ def test_every_exit_code_is_named(text: str) -> None:
     assert re.findall(r"\d+", said[0]) == ["0", "2", "3", "4", "75", "130", "143"]
 
 
+@pytest.mark.parametrize("command", [["--help"], ["pack", "mmsa", "--help"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does, before we write
+    with os.fdopen(writing, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "mmsa_dist", *command], cwd=ROOT, stdout=nobody, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def packing(folder: Path, **environment: str) -> subprocess.Popen[str]:
     """A packing into `folder` that has begun to write, and has long to go."""
     command = [sys.executable, "-m", "mmsa_dist", "pack", "generated", "--like", "mosei", "--out", str(folder / "out")]

@@ -165,7 +165,7 @@ def test_a_missing_modality_is_an_error_unless_it_may_be(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"sample 'b' has no audio \(audio\.npy\); if samples may lack it: --allow"):
         indexed(tmp_path)
     index, notes = index_tars([tmp_path], None, options(allow_absent=True))
-    assert set(read(index)["b"].modalities) == {"text", "vision"} and "audio: 1 samples have none" in str(notes)
+    assert set(read(index)["b"].modalities) == {"text", "vision"} and "audio: 1 sample has none" in str(notes)
     assert not collate(list(read(index).values()), BatchSpec.of(index)).present["audio"][1]
 
 

@@ -157,7 +157,7 @@ def test_what_a_peer_should_know_is_said(tmp_path: Path, capsys: pytest.CaptureF
         "no token ids: without text_bert MMSA needs use_bert false",
         "no transcripts: raw_text is empty",
         "no features of vision",
-        "audio: 1 samples have none: zeros of length 0",
+        "audio: 1 sample has none: zeros of length 0",
     ):
         assert said in err
 
