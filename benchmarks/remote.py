@@ -4,6 +4,7 @@
 that reads and collates batches of 64 and then "trains" for a fixed time a step. What it waited is what the data cost.
 """
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -101,9 +102,13 @@ def measure(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 def main() -> None:
     """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=3000, help="generated utterances over all splits")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "data"
-        source = GeneratedSource("mosei", samples=3000, seed=1)
+        source = GeneratedSource("mosei", samples=options.samples, seed=1)
         index, _ = pack(source, out, shard_bytes=8 * MEGABYTE)
         size = sum(shard.bytes for shard in index.shards)
         found = measure(out)
@@ -121,7 +126,8 @@ def main() -> None:
             ("Waiting for data after it", "stall", 100.0, "%", f"of steps of {STEP * 1000:.0f} ms, batches of {BATCH}"),
         )
     ]
-    record("remote", rows, raw={"runs": found, "bytes": size, "shards": len(index.shards)})
+    if not options.no_record:
+        record("remote", rows, raw={"runs": found, "bytes": size, "shards": len(index.shards)})
     for row in rows:
         print(f"{row.what}: {row.value:.3f} {row.unit}")
 
