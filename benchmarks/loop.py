@@ -118,7 +118,7 @@ def both_loops(config: dict[str, Any]) -> None:
         total = 0.0
         for batches in session.loader.train(plan, 0, 1, recipe.optim.accumulation):
             seed_step(recipe.seed, session.engine.steps, 0)
-            done = session.engine.step(batches, lambda p, b: session.system.loss(p, b, session.generator.targets(b)))
+            done = session.engine.step(batches, lambda p, b: session.system.loss(p, b, session.generator.targets(b, p)))
             session.generator.observe(epoch, batches, done.predictions)
             total += done.loss
         ours.append(cpu_seconds() - began)

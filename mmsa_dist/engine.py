@@ -113,7 +113,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # compiling the shared-memory collective takes 20 s and a compiler, and gains nothing at these sizes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.device = _device()
+        self.device = device()
         _check_precision(config, self.device)
         self.system = system
         self.stage = config.zero
@@ -198,9 +198,8 @@ class Engine:
         prediction: Prediction = self.engine(batch)
         if self.dtype == torch.float32:
             return prediction
-        return Prediction(
-            {k: v.float() for k, v in prediction.tasks.items()}, {k: v.float() for k, v in prediction.features.items()}
-        )
+        said = (prediction.tasks, prediction.features, prediction.learned)
+        return Prediction(*({name: values.float() for name, values in part.items()} for part in said))
 
     def _norm_before_step(self, batches: Sequence[Batch]) -> float | None:
         """The gradient's norm at stage 0, which steps on any gradient; the other stages look for themselves, and skip.
@@ -249,7 +248,8 @@ def _replace_values(batch: Batch, values: dict[str, Tensor]) -> Batch:
     return replace(batch, values=values)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where this rank computes."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")

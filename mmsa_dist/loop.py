@@ -52,7 +52,7 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         for batches in steps:
             seed_step(recipe.seed, engine.steps, session.rank)
             batches = [batch.to(engine.device) for batch in batches]
-            done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b)))
+            done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)))
             generator.observe(state.epoch, batches, done.predictions)
             state.step_in_epoch += 1
             state.loss_sum += done.loss

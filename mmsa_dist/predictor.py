@@ -206,6 +206,9 @@ def _load_weights(system: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except SafetensorError as error:
         raise DataError(f"{path}: damaged ({error}); copy it again or train again") from error
+    from mmsa_dist.systems.base import LABEL_LAYERS
+
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(LABEL_LAYERS)}
     own = system.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - weights.keys()]
     wrong += [f"{name} is unknown" for name in weights.keys() - own.keys()]

@@ -10,7 +10,7 @@ import torch
 
 from mmsa_dist import checkpoint, data_card, metrics, run_folder
 from mmsa_dist.data_card import DataCard
-from mmsa_dist.engine import Engine
+from mmsa_dist.engine import Engine, device
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
@@ -73,6 +73,9 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     system = get_system(recipe.system)(recipe.model, spec)
     saved = checkpoint.load_latest(folder / "checkpoints")
     steps = -(-index.splits["train"] // recipe.data.batch_size) * recipe.train.epochs
+    generator = label_generator(recipe, index, system, device())
+    if generator.layers is not None:
+        system.attach(generator.layers)
     engine = Engine(
         system,
         recipe.optim,
@@ -81,7 +84,6 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
         total_steps=steps,
         state=saved.engine if saved else None,
     )
-    generator = label_generator(recipe, index, system, engine.device)
     if saved:
         generator.load_state_dict(saved.generator)
     reader = open_reader(index, open_shards=shards_in_reach(recipe, index))

@@ -211,10 +211,12 @@ def test_the_report_of_all_parts(formats: Path) -> None:
 
 def test_stall_is_the_slowest_rank_of_the_counted_epochs() -> None:
     first = {"waiting": [9.0, 0.1, 0.1], "loaded": [10.0, 10.0, 10.0], "resident": [1.0, 9.9, 9.9], "steps": [4.0]}
+    first |= {"loaded cpu": [5.0, 5.0, 5.0], "resident cpu": [1.0, 4.8, 4.8]}
     second = {**first, "waiting": [9.0, 0.3, 0.3]}
-    waiting, longer = stall.figures("self_mm", 2, [first, second])
+    waiting, longer, reading = stall.figures("self_mm", 2, [first, second])
     assert (waiting.value, waiting.met) == (pytest.approx(3.0), False)
     assert (longer.value, longer.met) == (pytest.approx(1.0), True)
+    assert (reading.value, reading.met) == (pytest.approx(4.0), None)
     assert "4 steps of 2,500 ms" in waiting.how
 
 

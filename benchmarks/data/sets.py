@@ -143,7 +143,7 @@ def write_flat(source: Resident, out: Path, shard_bytes: int) -> None:
 
 def write_bytes(source: Resident, out: Path, shard_bytes: int) -> None:
     """What no packing that keeps checksums can save: the samples to float16, hashed, written, onto the disk."""
-    out.mkdir()
+    out.mkdir(parents=True)
     utterances = source.utterances()
     for shard in range(-(-source.bytes // shard_bytes)):
         digest, size = hashlib.sha256(), 0

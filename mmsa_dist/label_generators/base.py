@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
@@ -65,9 +65,21 @@ class LabelGenerator:
     def __init__(self, config: Strict, split: TrainSplit) -> None:
         self.config = config
 
-    def targets(self, batch: Batch) -> dict[str, Tensor]:
+    @property
+    def layers(self) -> nn.Module | None:
+        """Layers of its own that learn with the system (`System.attach`): task -> (B, d) features in, task -> (B,)
+        out. None where it has none."""
+        return None
+
+    def targets(self, batch: Batch, prediction: "Prediction | None" = None) -> dict[str, Tensor]:
         """task -> (B,) labels to learn, as they stand. ``M`` is the true one; a sample outside the train split has
-        the labels of its data set."""
+        the labels of its data set. A key ``"weighing T"`` (`systems.subtasks.WEIGHING`) holds the label that weighs
+        the loss of task T, where it is not the label to learn.
+
+        Args:
+            prediction: what the system said of the batch, in training. What its `layers` made of it (`learned`) enters
+                the labels, and gradients flow back through them.
+        """
         return dict(batch.labels)
 
     def observe(self, epoch: int, batches: Sequence[Batch], predictions: "Sequence[Prediction]") -> None:

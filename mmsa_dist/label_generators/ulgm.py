@@ -75,7 +75,7 @@ class ULGM(LabelGenerator):
         self._sums = {k: self._double(2, d) for k, d in self._widths.items()}
         self._counts = {k: self._double(2) for k in self._widths}
 
-    def targets(self, batch: Batch) -> dict[str, Tensor]:
+    def targets(self, batch: Batch, prediction: "Prediction | None" = None) -> dict[str, Tensor]:
         rows, known = self._rows(batch.numbers.to(self._device, non_blocking=True))
         truth = batch.labels["M"]
         return {"M": truth, **{task: torch.where(known, self._labels[task][rows], truth) for task in self._tasks}}

@@ -19,6 +19,7 @@ from torch.nn import functional
 from mmsa_dist.config import TextConfig
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.layers.hub import encoder_config, load_encoder, load_tokenizer
+from mmsa_dist.layers.ragged import make_ragged, ragged_states
 from shards.batch import Batch
 from shards.utterance import Utterance
 
@@ -81,8 +82,8 @@ class TextEncoder(TextReader):
 
     Its pooler, which nothing here reads, is not built. Frozen, it stays in evaluation mode and keeps no graph.
 
-    On the CPU a batch goes through in `PARTS` parts of samples of similar length, each trimmed to its own longest:
-    transcripts are so ragged that most of a batch is padding. The result is the same; states of padding are zero.
+    On the CPU it computes no padding, whose states are zero (`layers.ragged`); an architecture that cannot takes a
+    batch in `PARTS` parts of samples of similar length, each trimmed to its own longest. The result is the same.
     """
 
     PARTS = 4
@@ -96,6 +97,7 @@ class TextEncoder(TextReader):
         self.model = load_encoder(config.encoder, config.pretrained)
         self.model.requires_grad_(config.finetune)
         self.width = hidden_size(self.model.config, config.encoder)
+        self.ragged = make_ragged(self.model)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TextEncoder":
@@ -108,16 +110,20 @@ class TextEncoder(TextReader):
         with nullcontext() if self.finetune else torch.no_grad():
             if ids.device.type != "cpu":  # more kernels to launch cost more there than padding does
                 return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            lengths = batch.lengths["text"]
-            order = lengths.argsort(stable=True)
-            parts = []
-            # looked up once: the gradient of the table is as large as the table, whatever the number of words
-            words = self.model.get_input_embeddings()(ids)
-            for rows in order.chunk(self.PARTS):
-                longest = int(lengths[rows[-1]])
-                part = self.model(inputs_embeds=words[rows, :longest], attention_mask=mask[rows, :longest])
-                parts.append(functional.pad(part.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
-            return torch.cat(parts)[order.argsort()]
+            if self.ragged:
+                return ragged_states(self.model, ids, mask)
+            return self._in_parts(ids, mask, batch.lengths["text"])
+
+    def _in_parts(self, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(stable=True)
+        parts = []
+        # looked up once: the gradient of the table is as large as the table, whatever the number of words
+        words = self.model.get_input_embeddings()(ids)
+        for rows in order.chunk(self.PARTS):
+            longest = int(lengths[rows[-1]])
+            part = self.model(inputs_embeds=words[rows, :longest], attention_mask=mask[rows, :longest])
+            parts.append(functional.pad(part.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
+        return torch.cat(parts)[order.argsort()]
 
 
 def encoder_width(text: TextConfig) -> int:

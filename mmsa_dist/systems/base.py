@@ -5,7 +5,7 @@ Shapes: B batch, T time, D width.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -43,10 +43,12 @@ class Prediction:
     Attributes:
         tasks: task -> (B,) predictions in label units; ``M`` is the system's answer. A system may add tasks of its own.
         features: name -> (B, d) features that a label generator reads, keyed by task (``M``, ``T``, ``A``, ``V``).
+        learned: task -> (B,) what a label generator's own layers make of the features (`System.attach`), in training.
     """
 
     tasks: dict[str, Tensor]
     features: dict[str, Tensor] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,31 @@ class System(nn.Module):
         """task -> d of `Prediction.features`: what a label generator must hold. Empty where there are none."""
         return {}
 
+    def attach(self, layers: nn.Module) -> None:
+        """Makes a label generator's own layers part of the system: they learn with it, in the group ``rest``, and are
+        kept in its checkpoints. In training they see the features of every batch; a trained system goes without them.
+
+        Args:
+            layers: task -> (B, d) features in, task -> (B,) out.
+        """
+        self.label_layers = layers
+        self.register_forward_hook(_with_learned)
+
     def parameter_group(self, name: str) -> str:
         """One of `GROUPS` for the parameter called `name`."""
         first = name.split(".", 1)[0]
         return first if first in GROUPS else "rest"
+
+
+LABEL_LAYERS = "label_layers."
+"""Begins the names of the parameters that `System.attach` brought."""
+
+
+def _with_learned(system: nn.Module, arguments: object, prediction: Prediction) -> Prediction | None:
+    """Within the forward pass, where ZeRO-3 has the parameters together."""
+    if not system.training:
+        return None
+    return replace(prediction, learned=system.get_submodule("label_layers")(prediction.features))
 
 
 def weighted_mean(values: Tensor, batch: Batch, present: Tensor | None = None) -> Tensor:

@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmsa_dist.config import Strict
+from mmsa_dist.layers.heads import Head, SequenceVector
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
-from mmsa_dist.layers.recurrent import LastStateLSTM
 from mmsa_dist.layers.text import text_reader
 from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system, weighted_mean
-from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, target_of, where_labelled
+from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, distance_weighted
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
 
@@ -58,37 +58,6 @@ class SelfMMConfig(Strict):
     """Dropout before the vision head."""
     subtasks: tuple[Modality, ...] | None = None
     """Modalities with a task of their own. Unset: all in use."""
-
-
-class SequenceVector(nn.Module):
-    """A sequence's vector: the LSTM's state at the last real step -> dropout -> linear."""
-
-    def __init__(self, width: int, hidden: int, layers: int, dropout: float, out: int) -> None:
-        super().__init__()
-        self.lstm = LastStateLSTM(width, hidden, layers, dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(hidden, out)
-
-    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        """values (B, T, D), lengths (B,) -> (B, out)."""
-        state = self.lstm(values.to(self.linear.weight.dtype), lengths)
-        return self.linear(self.dropout(state))
-
-
-class Head(nn.Module):
-    """A task's regressor: dropout -> linear -> ReLU = F* -> linear -> ReLU -> linear."""
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.first = nn.Linear(width, hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.third = nn.Linear(hidden, 1)
-
-    def forward(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """vector (B, width) -> prediction (B,) float32, F* (B, hidden)."""
-        feature = self.first(self.dropout(vector.to(self.first.weight.dtype))).relu()
-        return self.third(self.second(feature).relu()).squeeze(-1).float(), feature
 
 
 @system("self_mm")
@@ -150,14 +119,8 @@ class SelfMM(System):
         return states[:, 0] if self.pooling == "cls" else masked_mean(states, batch.mask("text"))
 
     def loss(self, prediction: Prediction, batch: Batch, targets: dict[str, Tensor]) -> Losses:
-        truth = targets["M"]
-        parts = {"M": weighted_mean((prediction.tasks["M"] - truth).abs(), batch)}
-        for name in self.subtasks:
-            task = UNIMODAL_TASK[name]
-            answer = prediction.tasks[task]
-            label, takes_part = where_labelled(target_of(name, targets), answer, batch.present[name])
-            weight = (label - truth).abs().tanh()
-            parts[task] = weighted_mean(weight * (answer - label).abs(), batch, takes_part)
+        parts = {"M": weighted_mean((prediction.tasks["M"] - targets["M"]).abs(), batch)}
+        parts |= distance_weighted(self.subtasks, prediction, batch, targets)
         total = torch.stack(list(parts.values())).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 

@@ -1,4 +1,7 @@
-"""Unimodal tasks beside the multimodal one: which there are, and how a missing label is kept out of a loss."""
+"""Unimodal tasks beside the multimodal one: which there are, their loss, and how a missing label is kept out of it.
+
+Shapes: B batch.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,8 +10,13 @@ import torch
 from torch import Tensor
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.systems.base import DataSpec
+from mmsa_dist.systems.base import DataSpec, Prediction, weighted_mean
+from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
+
+WEIGHING = "weighing "
+"""Before a task's name: the label whose distance from the multimodal one weighs the task's loss, where a label
+generator (ULAG) tells it apart from the label to learn."""
 
 Modality = Literal["text", "audio", "vision"]
 
@@ -53,3 +61,21 @@ def where_labelled(target: Tensor, prediction: Tensor, present: Tensor) -> tuple
     """
     labelled = present & target.isfinite()
     return torch.where(labelled, target, prediction.detach()), labelled
+
+
+def distance_weighted(
+    subtasks: Sequence[str], prediction: Prediction, batch: Batch, targets: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """task -> mean( tanh|y_s - y_m| · |ŷ_s - y_s| ) of each modality's task (Self-MM, section 3.4).
+
+    Labels that a generator makes start as y_m, so in the first epoch these are exactly zero. A sample that lacks the
+    modality or its label has no part.
+    """
+    losses = {}
+    for name in subtasks:
+        task = UNIMODAL_TASK[name]
+        answer = prediction.tasks[task]
+        label, takes_part = where_labelled(target_of(name, targets), answer, batch.present[name])
+        distance = (targets.get(WEIGHING + task, label) - targets["M"]).abs()
+        losses[task] = weighted_mean(distance.tanh() * (answer - label).abs(), batch, takes_part)
+    return losses

@@ -10,7 +10,8 @@ import torch
 from mmsa_dist.config import TextConfig
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.systems import DataSpec, SelfMM
-from mmsa_dist.systems.self_mm import SelfMMConfig, SequenceVector
+from mmsa_dist.layers.heads import SequenceVector
+from mmsa_dist.systems.self_mm import SelfMMConfig
 from tests.mmsa_dist.batches import build, make_batch, ragged, spec_for, targets_of
 
 
