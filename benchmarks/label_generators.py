@@ -1,5 +1,6 @@
-"""CPU time of one ULGM step, with running sums (ours) and with both centres computed from all samples (the definition).
+"""CPU time of one step of each label generator as the data set grows.
 
+With running sums (ours), and for ULGM beside it with both centres computed from all samples (the definition).
 Features as wide as Self-MM's on MOSEI, a batch of 32, epoch 2, one thread. Both do all that a step needs; the other
 one is written as the public code does it: a mean over the samples of each class, for each task, after every batch.
 """
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import Row, record
-from mmsa_dist.label_generators import ULGM, make_generator
+from mmsa_dist.label_generators import SUGRM, ULAG, ULGM, LabelGenerator, make_generator
 from mmsa_dist.systems.base import Prediction
 from shards.batch import Batch
 
 WIDTHS = {"M": 128, "T": 32, "A": 16, "V": 32}
 BATCH = 32
 MODALITIES = ("text", "audio", "vision")
+GENERATORS = (ULGM, SUGRM, ULAG)
+OURS, DEFINITION = "running sums", "centres over all samples"
+WARM = {OURS: 5, DEFINITION: 1}
+"""Steps before the first that counts."""
 
 
 def main() -> None:
@@ -33,59 +38,59 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, raw = [], {}
-    for samples in options.samples:
-        ours, theirs = measured(samples, options.repeats)
-        raw[str(samples)] = {"running_sums": ours, "all_samples": theirs}
-        how = ", CPU time of one thread"
-        what = f"ULGM, a step of {BATCH} among {samples:,} samples"
-        rows += [
-            Row(
-                f"{what}: running sums",
-                round(statistics.median(ours) * 1e3, 3),
-                "ms",
-                how=f"median of {len(ours)} after 5{how}",
-            ),
-            Row(
-                f"{what}: centres over all samples",
-                round(statistics.median(theirs) * 1e3, 3),
-                "ms",
-                how=f"median of {len(theirs)} after 1{how}",
-            ),
-        ]
-        print(*(f"{row.what}: {row.value:.3f} {row.unit}" for row in rows[-2:]), sep="\n", flush=True)
-    first, last = rows[0].value, rows[-2].value
-    size = ULGM.state_bytes(options.samples[-1], WIDTHS) / 2**20
-    growth = (
-        f"ULGM with running sums: a step among {options.samples[-1]:,} samples over one among {options.samples[0]:,}"
-    )
-    rows.append(Row(growth, round(last / first, 2), wanted="< 2", met=last / first < 2))
-    rows.append(Row(f"ULGM's state for {options.samples[-1]:,} samples, on every rank", round(size), "MiB"))
-    print(*(f"{row.what}: {row.value:g} {row.unit}" for row in rows[-2:]), sep="\n")
+    rows: list[Row] = []
+    raw: dict[str, dict[str, list[float]]] = {}
+    for cls in GENERATORS:
+        steps = {samples: measured(cls, samples, options.repeats) for samples in options.samples}
+        raw |= {f"{cls.name}, {samples}": seconds for samples, seconds in steps.items()}
+        rows += rows_of(cls, steps)
     record("label_generators", rows, raw={"seconds": raw})
 
 
-def measured(samples: int, repeats: int) -> tuple[list[float], list[float]]:
-    """CPU seconds of each step: ours, then with centres over all samples."""
+def rows_of(cls: type[LabelGenerator], steps: dict[int, dict[str, list[float]]]) -> list[Row]:
+    """Of one generator, from seconds by number of samples and way; printed too."""
+    name, rows = cls.name.upper(), []
+    for samples, ways in steps.items():
+        for way, seconds in ways.items():
+            how = f"median of {len(seconds)} after {WARM[way]}, CPU time of one thread"
+            what = f"{name}, a step of {BATCH} among {samples:,} samples: {way}"
+            rows.append(Row(what, round(statistics.median(seconds) * 1e3, 3), "ms", how=how))
+    least, most = min(steps), max(steps)
+    ratio = statistics.median(steps[most][OURS]) / statistics.median(steps[least][OURS])
+    growth = f"{name} with running sums: a step among {most:,} samples over one among {least:,}"
+    rows.append(Row(growth, round(ratio, 2), wanted="< 2", met=ratio < 2))
+    size = cls.state_bytes(most, WIDTHS) / 2**20
+    rows.append(Row(f"{name}'s state for {most:,} samples, on every rank", round(size), "MiB"))
+    print(*(f"{row.what}: {row.value:g} {row.unit}" for row in rows), sep="\n", flush=True)
+    return rows
+
+
+def measured(cls: type[LabelGenerator], samples: int, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each step: ours, and of ULGM with centres over all samples."""
     rng = np.random.default_rng(0)
     labels = rng.uniform(-3, 3, samples).astype(np.float32)
     numbers = np.arange(samples)
     generator = make_generator(
-        "ulgm", numbers=numbers, ids=numbers, labels=labels, widths=WIDTHS, label_range=(-3.0, 3.0)
+        cls.name, numbers=numbers, ids=numbers, labels=labels, widths=WIDTHS, label_range=(-3.0, 3.0)
     )
+    layers = generator.layers is not None
     chunk = 4096
     for begin in range(0, samples, chunk):  # epoch 1: every sample is seen once
-        generator.observe(1, *step(numbers[begin : begin + chunk], labels, rng))
-    steps = [step(rng.choice(samples, BATCH, replace=False), labels, rng) for _ in range(repeats)]
+        generator.observe(1, *step(numbers[begin : begin + chunk], labels, rng, layers))
+    steps = [step(rng.choice(samples, BATCH, replace=False), labels, rng, layers) for _ in range(repeats)]
     ours = [seconds(lambda s=s: generator.observe(2, *s)) for s in [*steps[:5], *steps]][5:]  # type: ignore[misc]
+    if cls is not ULGM:
+        return {OURS: ours}
     state = generator.state_dict()
     some = steps[: max(3, repeats // 5)]
     theirs = [seconds(lambda s=s: recompute(state, torch.from_numpy(labels), *s)) for s in [some[0], *some]][1:]  # type: ignore[misc]
-    return ours, theirs
+    return {OURS: ours, DEFINITION: theirs}
 
 
-def step(numbers: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[list[Batch], list[Prediction]]:
-    """A micro-batch with features as a ReLU gives them."""
+def step(
+    numbers: np.ndarray, labels: np.ndarray, rng: np.random.Generator, layers: bool
+) -> tuple[list[Batch], list[Prediction]]:
+    """A micro-batch with features as a ReLU gives them, and what the generator's own layers say where it has some."""
     size = len(numbers)
     batch = Batch(
         values={},
@@ -98,7 +103,8 @@ def step(numbers: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> t
         keys=[""] * size,
     )
     features = {k: torch.from_numpy(rng.normal(size=(size, d)).astype(np.float32)).relu() for k, d in WIDTHS.items()}
-    return [batch], [Prediction(tasks={}, features=features)]
+    learned = {k: torch.from_numpy(rng.normal(size=size).astype(np.float32)) for k in WIDTHS if layers and k != "M"}
+    return [batch], [Prediction(tasks={}, features=features, learned=learned)]
 
 
 def recompute(state: dict[str, Tensor], truth: Tensor, batches: list[Batch], predictions: list[Prediction]) -> None:

@@ -1,14 +1,12 @@
-"""`mmsa-dist train` and `mmsa-dist systems`."""
+"""`mmsa-dist train`."""
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, origin, packaged, read_recipe
+from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, origin, read_recipe
 
 TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
        mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
@@ -110,26 +108,3 @@ def unrecorded(folder: Path) -> bool:
 
     link = Link.load(folder)
     return link is not None and not link.model
-
-
-def systems(argv: list[str]) -> int:
-    """Entry of `mmsa-dist systems`."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(
-            "usage: mmsa-dist systems\n\nLists the systems that can be trained, with their papers and packaged recipes."
-        )
-        return 0
-    if argv:
-        raise ConfigError(f"mmsa-dist systems takes no arguments, found {' '.join(argv)}")
-    from rich.table import Table
-
-    from mmsa_dist.systems import get_system, system_names
-    from shards.progress import console
-
-    table = Table("system", "paper", "labels", "packaged recipes")
-    for name in system_names():
-        cls: Any = get_system(name)
-        table.add_row(name, cls.paper, cls.labels, ", ".join(packaged(name)) or "-")
-    console.print(table)
-    print("mmsa-dist train SYSTEM --help shows every value of a system's recipe", file=sys.stderr)
-    return 0

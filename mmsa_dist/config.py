@@ -3,7 +3,7 @@
 Configuration of one part lives here only where the part has no class of its own; a system's is `System.Config`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +13,16 @@ class Strict(BaseModel):
     """Unknown keys are errors; values are checked; nothing changes after construction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def switch(default: Any, table: str, **checks: Any) -> Any:
+    """A field that an ablation of the system's paper turns; `mmsa-dist systems NAME` lists these.
+
+    Args:
+        table: of the paper, e.g. "5, 6".
+        checks: further arguments of pydantic's `Field`, e.g. ``ge=1``.
+    """
+    return Field(default=default, json_schema_extra={"ablation": table}, **checks)
 
 
 class TextConfig(Strict):
@@ -115,6 +125,11 @@ class OptimConfig(Strict):
     """Micro-batches that a rank sums before a step; the global batch stays `data.batch_size`."""
 
 
+Monitor = Literal[
+    "auto", "mae", "corr", "acc2_has0", "acc2_non0", "acc7", "acc2", "acc3", "acc5", "loss", "acc", "f1"
+]  # fmt: skip
+
+
 class TrainConfig(Strict):
     """How long, and what is best."""
 
@@ -122,8 +137,8 @@ class TrainConfig(Strict):
     """At most this many passes over the train split."""
     patience: int = Field(default=8, ge=1)
     """Stop after this many epochs without a better validation result."""
-    monitor: Literal["mae", "corr", "acc2_has0", "acc2_non0", "acc7", "acc2", "acc3", "acc5"] = "mae"
-    """Validation metric that chooses the best epoch."""
+    monitor: Monitor = "auto"
+    """Validation metric that chooses the best epoch. auto: mae; where labels are classes the loss, a cross-entropy."""
     test: bool = True
     """Read the test split, once, with the best epoch's weights, at the very end."""
 

@@ -39,6 +39,8 @@ class DataCard(Strict):
     """Lowest and highest possible label."""
     tasks: tuple[str, ...]
     """Labels that the data set has, M first."""
+    classes: dict[str, int] = Field(default_factory=dict)
+    """task -> number of classes, where labels are classes; empty where they are intensities."""
     text: TextConfig | None = None
     """How text is read; None where the data set's own text features are."""
     has_raw_text: bool = True
@@ -65,6 +67,7 @@ class DataCard(Strict):
             widths=dict(spec.widths),
             label_range=spec.label_range,
             tasks=tuple(spec.tasks),
+            classes=dict(spec.classes),
             text=spec.text,
             has_raw_text=index.has_raw_text,
             has_tokens=index.has_tokens,
@@ -78,7 +81,18 @@ class DataCard(Strict):
         """What the system is built from; `text` stands in for the card's own where the encoder lies elsewhere now."""
         from mmsa_dist.systems.base import DataSpec
 
-        return DataSpec(widths=self.widths, label_range=self.label_range, tasks=self.tasks, text=text or self.text)
+        return DataSpec(
+            widths=self.widths,
+            label_range=self.label_range,
+            tasks=self.tasks,
+            text=text or self.text,
+            classes=self.classes,
+        )
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The tasks that metrics are of: ``M``; where labels are classes all of them."""
+        return self.tasks if self.classes else ("M",)
 
     @property
     def reads_tokens(self) -> bool:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from mmsa_dist import portable
 from mmsa_dist.config import EngineConfig, OptimConfig
 from mmsa_dist.errors import ConfigError, TrainingError
-from mmsa_dist.systems.base import GROUPS, Prediction, System
+from mmsa_dist.systems.base import GROUPS, Losses, Prediction, System
 from shards.batch import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LossOf = Callable[[Prediction, Batch], Losses]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Engine:
             portable.load_optimizer(self.engine, system, self.stage, state)
         self.steps = 0 if state is None else state.step
 
-    def step(self, batches: Sequence[Batch], loss_of: Callable[[Prediction, Batch], Any]) -> Step:
+    def step(self, batches: Sequence[Batch], loss_of: LossOf) -> Step:
         """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.
 
         Raises:
@@ -146,9 +147,10 @@ class Engine:
         total: Tensor | None = None
         predictions: list[Prediction] = []
         names: list[str] = []
+        means = self._rehearse(batches, loss_of) if self.system.weighs_terms and len(batches) > 1 else None
         for i, batch in enumerate(batches):
             prediction = self._forward(batch)
-            losses = loss_of(prediction, batch)
+            losses = self._within_step(loss_of(prediction, batch), means)
             names = list(losses.parts)
             row = torch.stack([losses.total.detach(), *losses.parts.values()]).float()
             total = row if total is None else total + row
@@ -201,6 +203,27 @@ class Engine:
         said = (prediction.tasks, prediction.features, prediction.learned)
         return Prediction(*({name: values.float() for name, values in part.items()} for part in said))
 
+    @torch.no_grad()
+    def _rehearse(self, batches: Sequence[Batch], loss_of: LossOf) -> Tensor:
+        """`Losses.means` of the whole step, which micro-batches need before the first of them is learned from.
+
+        A forward pass more over each, without a graph; dropout then draws the same once more.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            own = [loss_of(self._forward(batch), batch).means for batch in batches]
+        return self._mean_over_ranks(torch.stack([means for means in own if means is not None]).mean(0))
+
+    def _within_step(self, losses: Losses, means: Tensor | None) -> Losses:
+        """The losses as they count in the step, where their terms weigh one another; all others as they are."""
+        if losses.within is None or losses.means is None:
+            return losses
+        return losses.within(self._mean_over_ranks(losses.means) if means is None else means)
+
+    def _mean_over_ranks(self, row: Tensor) -> Tensor:
+        mean = row / dist.get_world_size()
+        dist.all_reduce(mean)
+        return mean
+
     def _norm_before_step(self, batches: Sequence[Batch]) -> float | None:
         """The gradient's norm at stage 0, which steps on any gradient; the other stages look for themselves, and skip.
 
@@ -229,8 +252,7 @@ class Engine:
 
     def _agree(self, row: Tensor, batches: Sequence[Batch]) -> Tensor:
         """The mean over ranks of the loss and its parts: one small all-reduce, which also tells if all are finite."""
-        mean = row / dist.get_world_size()
-        dist.all_reduce(mean)
+        mean = self._mean_over_ranks(row)
         if not bool(torch.isfinite(mean).all()):
             finite = bool(torch.isfinite(row).all())
             raise self._not_finite("loss", batches, "this rank's loss is finite" if finite else "")

@@ -6,6 +6,7 @@ number, so they do not depend on the number of ranks.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,11 @@ from shards.plan import evaluation_plan
 
 @dataclass(frozen=True)
 class Evaluation:
-    """numbers (N,) sorted; truth, predicted (N,) float32; metrics: name -> value, None where undefined."""
+    """numbers (N,) sorted; truth, predicted (N,) float32; metrics: name -> value, None where undefined.
+
+    Where labels are classes truth and predicted are (N, E), a column a task, and what is predicted are log-odds; see
+    `metrics_classes`.
+    """
 
     numbers: np.ndarray
     truth: np.ndarray
@@ -31,17 +36,21 @@ class Evaluation:
 def evaluate(session: Session, split: str) -> Evaluation:
     """Predicts `split` on all ranks. A collective call."""
     plan = evaluation_plan(session.index, split, session.recipe.data.eval_batch_size)
+    tasks = session.spec.judged
     rows = []
     for batch in session.loader.evaluate(plan, session.rank, session.world):
-        predicted = session.engine.predict(batch).tasks["M"].double().cpu()
-        rows.append(
-            torch.stack([batch.numbers.double(), batch.labels["M"].double(), predicted, batch.weight.double()], dim=1)
-        )
+        predicted = session.engine.predict(batch).tasks
+        given = torch.stack([predicted[task] for task in tasks], dim=1).double().cpu()
+        known = [batch.numbers, batch.weight, *(batch.labels[task] for task in tasks)]
+        rows.append(torch.cat([torch.stack([column.double() for column in known], dim=1), given], dim=1))
     table = gather_rows(torch.cat(rows), session.engine.device).numpy()
-    table = table[table[:, 3] > 0]
+    table = table[table[:, 1] > 0]
     table = table[np.argsort(table[:, 0], kind="stable")]
-    numbers, truth, given = table[:, 0].astype(np.int64), table[:, 1].astype(np.float32), table[:, 2].astype(np.float32)
-    return Evaluation(numbers, truth, given, metrics.evaluate(session.kind, truth, given))
+    numbers = table[:, 0].astype(np.int64)
+    truth, answers = np.split(table[:, 2:].astype(np.float32), 2, axis=1)
+    if not session.spec.classes:
+        truth, answers = truth[:, 0].copy(), answers[:, 0].copy()
+    return Evaluation(numbers, truth, answers, metrics.evaluate(session.kind, truth, answers, tasks))
 
 
 def by_set(session: Session, split: str, evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
@@ -51,7 +60,8 @@ def by_set(session: Session, split: str, evaluation: Evaluation) -> dict[str, di
     found = {}
     for name, numbers in session.index.ranges(split).items():
         rows = slice(*np.searchsorted(evaluation.numbers, (numbers.start, numbers.stop)))
-        found[name] = metrics.evaluate(session.kind, evaluation.truth[rows], evaluation.predicted[rows])
+        truth, predicted = evaluation.truth[rows], evaluation.predicted[rows]
+        found[name] = metrics.evaluate(session.kind, truth, predicted, session.spec.judged)
     return found
 
 
@@ -69,14 +79,16 @@ def gather_rows(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def save_predictions(session: Session, split: str, evaluation: Evaluation) -> None:
-    """``predictions/<split>.npz``: numbers, key, y, p."""
+    """``predictions/<split>.npz``: numbers, key, y, p; where labels are classes y and p have a column for each of
+    ``tasks``, p in log-odds."""
     index = session.index
     keys = np.array([key for no in index.shards_of(split) for key in index.table(no)["key"].to_pylist()], dtype=np.str_)
+    tasks: dict[str, Any] = {"tasks": np.array(session.spec.judged, dtype=np.str_)} if session.spec.classes else {}
     target: Path = session.folder / "predictions" / f"{split}.npz"
     partial = target.with_name(f".{target.name}")
     try:
         with partial.open("wb") as file:
-            np.savez(file, numbers=evaluation.numbers, key=keys, y=evaluation.truth, p=evaluation.predicted)
+            np.savez(file, numbers=evaluation.numbers, key=keys, y=evaluation.truth, p=evaluation.predicted, **tasks)
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)

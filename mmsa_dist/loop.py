@@ -93,7 +93,8 @@ def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
         monitor = session.recipe.train.monitor
         raise TrainingError(
             f"train.monitor: {monitor} was undefined on validation in all {state.epoch - 1} epochs (constant "
-            "predictions or labels, or a single sample); use --train.monitor mae, or lower the learning rates"
+            "predictions or labels, or a single sample); use --train.monitor "
+            f"{metrics.default_monitor(session.kind)}, or lower the learning rates"
         )
     best = checkpoint.step_folder(session.folder / "checkpoints", state.best_step)
     dist.barrier()  # rank 0 may still be writing it

@@ -1,5 +1,7 @@
 """Metrics exactly as the field reports them. y is the truth, p the prediction; both are flattened to float32.
 
+Those of intensities are here, those of classes in `metrics_classes`, found by the same kinds and names.
+
 Shapes: N samples, C classes. Shares (accuracy, F1) are fractions of 1. A value that is not defined (the correlation of
 a constant, a share of no samples) is None: never NaN, and never a number that only looks like a result.
 
@@ -7,30 +9,25 @@ Source: the evaluation that MMSA, Self-MM, MulT and the papers after them share,
 rounding is half to even, F1 is weighted with the truth first, SIMS is clipped before everything.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mmsa_dist.errors import ConfigError, DataError, TrainingError
+from mmsa_dist import metrics_classes
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.shares import Classes, Confusion, Floats, Values, accuracy, checked, cross, weighted_f1
 from mmsa_dist.suggest import nearest
+from shards.utterance import EMOTIONS
 
 KINDS = ("mosi", "sims", "other")
-"""mosi: MOSI and MOSEI, labels -3..3. sims: SIMS and SIMSv2, -1..1. other: any range; MAE and correlation only."""
+"""Of intensities. mosi: MOSI and MOSEI, labels -3..3. sims: SIMS and SIMSv2, -1..1. other: any range; MAE and
+correlation only."""
 
-Floats = npt.NDArray[np.float32]
-Classes = npt.NDArray[np.int64]
-Values = dict[str, float | None]
-
-
-class Confusion(NamedTuple):
-    """counts: (C, C) int64, the truth's class down, the prediction's across. labels: the classes' names, ascending."""
-
-    counts: Classes
-    labels: tuple[str, ...]
+CLASSES = "iemocap"
+"""The kind of data sets whose labels are classes: tasks of two each, decided one by one."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,14 @@ class _Scale:
     classes: Callable[[Floats], Classes]
 
 
-def evaluate(kind: str, y: npt.ArrayLike, p: npt.ArrayLike) -> Values:
+def evaluate(kind: str, y: npt.ArrayLike, p: npt.ArrayLike, tasks: Sequence[str] = EMOTIONS) -> Values:
     """All metrics of a data set's kind.
 
     Args:
-        kind: one of `KINDS`; `kind_for` finds it.
-        y: (N,) true labels.
-        p: (N,) predictions, in label units.
+        kind: one of `KINDS`, or `CLASSES`; `kind_for` finds it.
+        y: (N,) true labels; of classes (N, E).
+        p: (N,) predictions, in label units; of classes (N, E), log-odds.
+        tasks: the E tasks of classes.
 
     Returns:
         The metrics of `names(kind)`, in that order; None where a value is not defined.
@@ -62,22 +60,24 @@ def evaluate(kind: str, y: npt.ArrayLike, p: npt.ArrayLike) -> Values:
         TrainingError: a prediction is not finite.
         DataError: a label is not finite.
     """
+    if kind == CLASSES:
+        return metrics_classes.evaluate(y, p, tasks)
     _scales(kind)
-    truth, prediction = _checked(y, p)
+    truth, prediction = checked(y, p)
     if kind == "sims":
         truth, prediction = truth.clip(-1, 1), prediction.clip(-1, 1)
     values: Values = {"mae": _mae(truth, prediction), "corr": _corr(truth, prediction)}
     if kind == "mosi":
         for classes in (7, 5, 3):
-            values[f"acc{classes}"] = _accuracy(_counts("mosi", classes, truth, prediction))
+            values[f"acc{classes}"] = accuracy(_counts("mosi", classes, truth, prediction))
         values |= _binary("_has0", truth >= 0, prediction >= 0)
         non0 = truth != 0
         values |= _binary("_non0", truth[non0] > 0, prediction[non0] > 0)
     elif kind == "sims":
         counts = _counts("sims", 2, truth, prediction)
-        values |= {"acc2": _accuracy(counts), "f1": _weighted_f1(counts)}
+        values |= {"acc2": accuracy(counts), "f1": weighted_f1(counts)}
         for classes in (3, 5):
-            values[f"acc{classes}"] = _accuracy(_counts("sims", classes, truth, prediction))
+            values[f"acc{classes}"] = accuracy(_counts("sims", classes, truth, prediction))
     return values
 
 
@@ -86,8 +86,16 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(evaluate(kind, [], []))
 
 
-def kind_for(label_range: tuple[float, float]) -> str:
-    """The kind of a data set with labels in this range."""
+def default_monitor(kind: str) -> str:
+    """The metric that chooses the best epoch where a recipe leaves it open: what MMSA's and MulT's training is stopped
+    on, an L1 loss and a cross-entropy."""
+    return "loss" if kind == CLASSES else "mae"
+
+
+def kind_for(label_range: tuple[float, float], classes: Mapping[str, int] | None = None) -> str:
+    """The kind of a data set with labels in this range, or with these classes (task -> their number)."""
+    if classes:
+        return CLASSES
     kinds: Mapping[tuple[float, float], str] = {(-3.0, 3.0): "mosi", (-1.0, 1.0): "sims"}
     return kinds.get((float(label_range[0]), float(label_range[1])), "other")
 
@@ -96,9 +104,10 @@ def confusion(y: npt.ArrayLike, p: npt.ArrayLike, classes: int, kind: str = "mos
     """How often each true class was predicted as each class.
 
     Args:
-        y: (N,) true labels.
+        y: (N,) true labels, of one task.
         p: (N,) predictions.
-        classes: 2 (has0: negative or not), 3, 5 or 7 for mosi; 2, 3 or 5 for sims. `class_counts(kind)` lists them.
+        classes: 2 (has0: negative or not), 3, 5 or 7 for mosi; 2, 3 or 5 for sims; 2 for classes. `class_counts(kind)`
+            lists them.
         kind: whose classes.
 
     Raises:
@@ -109,7 +118,7 @@ def confusion(y: npt.ArrayLike, p: npt.ArrayLike, classes: int, kind: str = "mos
     if classes not in scales:
         valid = ", ".join(map(str, class_counts(kind))) or "none"
         raise ConfigError(f"no confusion matrix of {classes} classes for labels of kind {kind!r} (valid: {valid})")
-    truth, prediction = _checked(y, p)
+    truth, prediction = checked(y, p)
     return Confusion(_counts(kind, classes, truth, prediction), scales[classes].labels)
 
 
@@ -124,7 +133,7 @@ def higher_is_better(name: str) -> bool:
     Raises:
         ConfigError: no such metric; names the nearest.
     """
-    known = {"loss", *(metric for kind in KINDS for metric in names(kind))}
+    known = {"loss", *(metric for kind in (*KINDS, CLASSES) for metric in names(kind))}
     if name not in known:
         raise ConfigError(f"unknown metric {name!r}{nearest(name, known)}")
     return name not in ("mae", "loss")
@@ -137,23 +146,6 @@ def is_better(name: str, new: float | None, old: float | None) -> bool:
     if old is None or np.isnan(old):
         return True
     return new > old if higher_is_better(name) else new < old
-
-
-def _checked(y: npt.ArrayLike, p: npt.ArrayLike) -> tuple[Floats, Floats]:
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, which has its sentence below
-        truth = np.asarray(y, dtype=np.float32).reshape(-1)
-        prediction = np.asarray(p, dtype=np.float32).reshape(-1)
-    if len(truth) != len(prediction):
-        raise ValueError(f"{len(truth)} labels for {len(prediction)} predictions")
-    for values, what, error in ((prediction, "predictions", TrainingError), (truth, "labels", DataError)):
-        wrong = np.flatnonzero(~np.isfinite(values))
-        if len(wrong):
-            remedy = "lower the learning rate or clip the gradient" if error is TrainingError else "leave them out"
-            raise error(
-                f"{len(wrong)} of {len(values)} {what} are not finite, the first at position {wrong[0]} "
-                f"({values[wrong[0]]}): no metric is defined; {remedy}"
-            )
-    return truth, prediction
 
 
 def _mae(y: Floats, p: Floats) -> float | None:
@@ -170,41 +162,19 @@ def _corr(y: Floats, p: Floats) -> float | None:
 
 
 def _binary(suffix: str, y: npt.NDArray[np.bool_], p: npt.NDArray[np.bool_]) -> Values:
-    counts = _cross(y.astype(np.int64), p.astype(np.int64), 2)
-    return {f"acc2{suffix}": _accuracy(counts), f"f1{suffix}": _weighted_f1(counts)}
-
-
-def _accuracy(counts: Classes) -> float | None:
-    total = counts.sum()
-    return float(counts.trace() / total) if total else None
-
-
-def _weighted_f1(counts: Classes) -> float | None:
-    """Mean of the classes' F1 weighted by how often each is true (scikit-learn's ``average="weighted"``).
-
-    F1 = 2 TP / (2 TP + FP + FN) is 0 / 0 only for a class that is neither true nor predicted; its weight is 0.
-    """
-    total = counts.sum()
-    if not total:
-        return None
-    true, predicted = counts.sum(1), counts.sum(0)
-    f1 = 2 * counts.diagonal() / np.maximum(true + predicted, 1)
-    return float(f1 @ true / total)
+    counts = cross(y.astype(np.int64), p.astype(np.int64), 2)
+    return {f"acc2{suffix}": accuracy(counts), f"f1{suffix}": weighted_f1(counts)}
 
 
 def _scales(kind: str) -> Mapping[int, _Scale]:
     if kind not in _SCALES:
-        raise ConfigError(f"unknown kind of labels {kind!r}{nearest(kind, KINDS)}")
+        raise ConfigError(f"unknown kind of labels {kind!r}{nearest(kind, (*KINDS, CLASSES))}")
     return _SCALES[kind]
 
 
 def _counts(kind: str, classes: int, y: Floats, p: Floats) -> Classes:
     scale = _SCALES[kind][classes]
-    return _cross(scale.classes(y), scale.classes(p), classes)
-
-
-def _cross(y: Classes, p: Classes, classes: int) -> Classes:
-    return np.bincount(y * classes + p, minlength=classes * classes).reshape(classes, classes)
+    return cross(scale.classes(y), scale.classes(p), classes)
 
 
 def _rounded(limit: int) -> _Scale:
@@ -235,4 +205,5 @@ _SCALES: Mapping[str, Mapping[int, _Scale]] = {
     },
     "sims": {2: _bins(0.0), 3: _bins(-0.1, 0.1), 5: _bins(-0.7, -0.1, 0.1, 0.7)},
     "other": {},
+    CLASSES: {2: _Scale(("not", "there"), lambda v: (v > 0).astype(np.int64))},
 }

@@ -20,7 +20,8 @@ from shards.remote.url import is_url
 from shards.utterance import SPLITS, UNIMODAL_TASK, Utterance
 
 EXAMPLES = """Writes a row a sample: key, split, y (the label, where there is one), prediction, and the system's
-unimodal predictions. Prints the metrics that the field reports, where there are labels.
+unimodal predictions. Of a model of classes y_TASK and prediction_TASK for each, e.g. prediction_happy: the probability,
+0 to 1, that it is there. Prints the metrics that the field reports, where there are labels.
 
 Examples:
   mmsa-dist predict models:/ufen_mtfn@champion --data data/mosi --split test --out predictions.csv
@@ -61,6 +62,7 @@ class Input:
         widths: modality -> D of the features there are.
         counts: split -> samples.
         label_range: lowest and highest possible label.
+        classes: task -> number of classes, where labels are classes.
     """
 
     where: str
@@ -70,6 +72,7 @@ class Input:
     has_tokens: bool
     counts: dict[str, int]
     label_range: tuple[float, float]
+    classes: dict[str, int]
     synthetic: bool
     source: Any
 
@@ -89,7 +92,8 @@ def main(argv: list[str]) -> int:
     with fetched(options.model, options.tracking_uri, options.runs_dir) as folder:
         predictor = Predictor.load(folder, _device(options.device))
     check_fits(predictor, data)
-    with Writer(options.out, [prediction_name(task) for task in predictor.tasks]) as writer:
+    columns = [*map(label_name, predictor.card.judged), *map(prediction_name, predictor.tasks)]
+    with Writer(options.out, columns) as writer:
         done = {split: _predict_split(predictor, data, split, options.batch_size, writer) for split in splits}
     remarks.print(f"{writer.rows:,} predictions in {options.out}", soft_wrap=True)
     if unread := sum(count for _, count in done.values()):
@@ -143,13 +147,29 @@ def check_fits(predictor: Predictor, data: Input) -> None:
             )
         if column == name:
             check_width(data.where, name, data.widths[name], predictor.card.widths[name])
-    if data.label_range != predictor.card.label_range:
-        (low, high), (a, b) = predictor.card.label_range, data.label_range
-        remarks.print(
-            f"note: the model answers on the scale {low:g}..{high:g}, labels here are on {a:g}..{b:g}; "
-            "metrics compare them as they stand",
-            soft_wrap=True,
+    _compare_labels(predictor, data)
+
+
+def _compare_labels(predictor: Predictor, data: Input) -> None:
+    """Notes that the labels here are others than those that the model learnt."""
+    card = predictor.card
+    if card.classes != data.classes:
+        answered = f"the emotions {', '.join(card.judged)}" if card.classes else "a sentiment intensity"
+        note = f"the model answers {answered}, for which there are no labels here, so no metrics"
+    elif card.label_range != data.label_range:
+        (low, high), (a, b) = card.label_range, data.label_range
+        note = (
+            f"the model answers on the scale {low:g}..{high:g}, labels here are on {a:g}..{b:g}; "
+            "metrics compare them as they stand"
         )
+    else:
+        return
+    remarks.print(f"note: {note}", soft_wrap=True)
+
+
+def label_name(task: str) -> str:
+    """Column of a task's labels."""
+    return "y" if task == "M" else f"y_{task}"
 
 
 def prediction_name(task: str) -> str:
@@ -182,6 +202,7 @@ def _packed(place: Path | str) -> Input:
         index.has_tokens,
         dict(index.splits),
         index.label_range,
+        index.classes,
         index.synthetic,
         utterances,
     )
@@ -205,6 +226,7 @@ def _pickled(place: Path) -> Input:
         source.has_tokens,
         source.counts,
         source.label_range,
+        source.classes,
         False,
         utterances,
     )
@@ -237,22 +259,25 @@ def _predict_split(
     """
     from mmsa_dist.metrics import evaluate, kind_for
 
+    judged = predictor.card.judged
     truth, predicted, unread = [], [], 0
     utterances = data.utterances(split, with_text="raw_text" in predictor.columns)
     batches = track(chunks(utterances, size), total=-(-data.counts[split] // size), description=f"predicting {split}")
     for chunk in batches:
         answers = predictor.predict(chunk)
         unread += sum(not predictor.reads(utterance) for utterance in chunk)
-        y = np.array([utterance.labels.get("M", np.nan) for utterance in chunk], dtype=np.float32)
-        columns = {prediction_name(task): values for task, values in answers.items()}
-        writer.write([utterance.key for utterance in chunk], split, y, columns)
+        labels = [u.labels if data.classes == predictor.card.classes else {} for u in chunk]
+        y = np.array([[known.get(task, np.nan) for task in judged] for known in labels], dtype=np.float32)
+        columns = {label_name(task): values for task, values in zip(judged, y.T, strict=True)}
+        columns |= {prediction_name(task): values for task, values in predictor.readable(answers).items()}
+        writer.write([utterance.key for utterance in chunk], split, columns)
         truth.append(y)
-        predicted.append(answers["M"])
+        predicted.append(np.stack([answers[task] for task in judged], axis=1))
     y, p = np.concatenate(truth), np.concatenate(predicted)
-    labelled = np.isfinite(y)
+    labelled = np.isfinite(y).all(axis=1)
     if not labelled.any():
         return None, unread
-    metrics = evaluate(kind_for(data.label_range), y[labelled], p[labelled])
+    metrics = evaluate(kind_for(data.label_range, data.classes), y[labelled], p[labelled], judged)
     return {"samples": int(labelled.sum()), **metrics}, unread
 
 

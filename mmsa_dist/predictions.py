@@ -38,6 +38,9 @@ def check_out(path: Path) -> None:
 class Writer:
     """Rows of predictions into a file that takes its name only when all are there.
 
+    Args:
+        columns: of numbers, after each sample's key and split.
+
     Attributes:
         rows: written so far.
     """
@@ -57,19 +60,18 @@ class Writer:
             raise self._failed(error) from error
         return self
 
-    def write(self, keys: Sequence[str], split: str, y: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
+    def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None:
         """Adds rows.
 
         Args:
             keys: B of them.
-            y: (B,) labels, NaN where there is none.
-            predictions: column -> (B,).
+            values: column -> (B,) numbers; NaN where there is none, of a label say.
 
         Raises:
             TransientError: the file cannot be written, from a full disk say. ConfigError: not there at all.
         """
         try:
-            self._format.write(keys, split, y, predictions)
+            self._format.write(keys, split, values)
         except OSError as error:
             raise self._failed(error) from error
         self.rows += len(keys)
@@ -96,47 +98,45 @@ class Writer:
 
 class _Format(Protocol):
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None: ...
-    def write(self, keys: Sequence[str], split: str, y: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None: ...
+    def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None: ...
     def close(self) -> None: ...
 
 
 class _Csv:
-    """Numbers with as many digits as float32 has; no label is an empty cell."""
+    """Numbers with as many digits as float32 has; none is an empty cell."""
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self._columns = columns
         self._file = path.open("w", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(["key", "split", "y", *columns])
+        self._writer.writerow(["key", "split", *columns])
 
-    def write(self, keys: Sequence[str], split: str, y: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
-        values = [[_plain(v) for v in predictions[name]] for name in self._columns]
-        self._writer.writerows(zip(keys, [split] * len(keys), [_plain(v) for v in y], *values, strict=True))
+    def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None:
+        numbers = [[_plain(v) for v in values[name]] for name in self._columns]
+        self._writer.writerows(zip(keys, [split] * len(keys), *numbers, strict=True))
 
     def close(self) -> None:
         self._file.close()
 
 
 class _JsonLines:
-    """One object a line; no label is null."""
+    """One object a line; no number is null."""
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self._columns = columns
         self._file = path.open("w", encoding="utf-8")
 
-    def write(self, keys: Sequence[str], split: str, y: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
+    def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None:
         for row, key in enumerate(keys):
-            values = {name: _plain(predictions[name][row]) for name in self._columns}
-            self._file.write(
-                json.dumps({"key": key, "split": split, "y": _plain(y[row]), **values}, ensure_ascii=False) + "\n"
-            )
+            numbers = {name: _plain(values[name][row]) for name in self._columns}
+            self._file.write(json.dumps({"key": key, "split": split, **numbers}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 class _Parquet:
-    """float32 columns; no label is null."""
+    """float32 columns; no number is null."""
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         import pyarrow as pa
@@ -146,19 +146,18 @@ class _Parquet:
         fields = [
             ("key", pa.string()),
             ("split", pa.string()),
-            ("y", pa.float32()),
             *((name, pa.float32()) for name in columns),
         ]
         self._schema = pa.schema(fields)
         self._writer = pq.ParquetWriter(path, self._schema)
 
-    def write(self, keys: Sequence[str], split: str, y: np.ndarray, predictions: Mapping[str, np.ndarray]) -> None:
+    def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None:
         import pyarrow as pa
 
         arrays: list[Any] = [pa.array(keys, pa.string()), pa.array([split] * len(keys), pa.string())]
         arrays += [
             pa.array(v.astype(np.float32), pa.float32(), from_pandas=True)
-            for v in (y, *map(predictions.__getitem__, self._columns))
+            for v in map(values.__getitem__, self._columns)
         ]
         self._writer.write_table(pa.table(arrays, schema=self._schema))
 

@@ -79,9 +79,9 @@ class Predictor:
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that the system answers, M first."""
+        """Tasks that the system answers, those it is judged by first: M, or each class."""
         found = self.predict([self.utterance(self.example(), "example")])
-        return ("M", *(task for task in found if task != "M"))
+        return (*self.card.judged, *(task for task in found if task not in self.card.judged))
 
     def example(self) -> dict[str, Any]:
         """A made-up record with every column; nothing of the training data, which may be private."""
@@ -96,7 +96,7 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, utterances: Sequence[Utterance]) -> dict[str, np.ndarray]:
-        """task -> (B,) float32 predictions in label units; ``M`` is the answer.
+        """task -> (B,) float32 predictions in label units, ``M`` is the answer; of classes log-odds (see `readable`).
 
         Raises:
             DataError: an utterance has another width, or is answered with what is no finite number.
@@ -107,12 +107,21 @@ class Predictor:
                     check_width(f"sample {utterance.key!r}", name, array.shape[-1], self.card.widths[name])
         prediction = self.system(collate(utterances, self._spec).to(self.device))
         answers = {task: values.float().cpu().numpy() for task, values in prediction.tasks.items()}
-        if len(wrong := np.flatnonzero(~np.isfinite(answers["M"]))):
-            raise DataError(
-                f"sample {utterances[wrong[0]].key!r}: the model's answer is {answers['M'][wrong[0]]}; "
-                "are its features extracted as those of the training data?"
-            )
+        for values in (answers[task] for task in self.card.judged):
+            if len(wrong := np.flatnonzero(~np.isfinite(values))):
+                raise DataError(
+                    f"sample {utterances[wrong[0]].key!r}: the model's answer is {values[wrong[0]]}; "
+                    "are its features extracted as those of the training data?"
+                )
         return answers
+
+    def readable(self, answers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers of `predict` for people: intensities as they are; of a class the probability, 0 to 1, that it is
+        there, which is the sigmoid of its log-odds."""
+        return {
+            task: torch.from_numpy(values).sigmoid().numpy() if task in self.card.classes else values
+            for task, values in answers.items()
+        }
 
     def reads(self, utterance: Utterance) -> bool:
         """Whether `utterance` has anything that the system reads; a sample of a data set may lack it all."""

@@ -166,6 +166,45 @@ def packaged(system: str) -> list[str]:
     )
 
 
+def recipe_file(system: str, recipe: str) -> Path:
+    """The YAML file of a packaged recipe, by its data set's name, or one that the user names.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    known = packaged(system)
+    path = PACKAGED / f"{system}.{recipe}.yaml" if recipe in known else Path(recipe)
+    if not path.is_file():
+        raise ConfigError(
+            f"recipe {recipe!r} is neither a file nor a packaged recipe of {system}{nearest(recipe, known)}"
+        )
+    return path
+
+
+def sourced(path: Path) -> dict[str, tuple[Any, str]]:
+    """Dotted key -> its value in a recipe, and what the comment `# source: …` behind it says.
+
+    A comment behind a block holds for those of its keys that have none; without any it is empty.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    values, said = _yaml(path), _sources(path.read_text(encoding="utf-8"))
+    for name, value in values.items():
+        block = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        for key, each in block.items():
+            found[key] = (each, said.get(key) or said.get(name, ""))
+    return found
+
+
+def _sources(text: str) -> dict[str, str]:
+    """Dotted key -> the source named on its line."""
+    found, block = {}, ""
+    for line in text.splitlines():
+        if match := re.match(r"( *)(\w+):(?:\s.*?)?(?:\s# source: (.*))?$", line):
+            block = block if match[1] else match[2]
+            found[f"{block}.{match[2]}" if match[1] else match[2]] = (match[3] or "").strip()
+    return found
+
+
 def _recipe_values(system: str, recipe: str | None, overrides: list[str]) -> tuple[dict[str, Any], str]:
     known = packaged(system)
     if recipe is None:
@@ -173,14 +212,7 @@ def _recipe_values(system: str, recipe: str | None, overrides: list[str]) -> tup
         recipe = next((known_name for known_name in known if known_name == name), None)
         if recipe is None:
             return {}, "defaults"
-    if recipe in known:
-        path = PACKAGED / f"{system}.{recipe}.yaml"
-    else:
-        path = Path(recipe)
-        if not path.is_file():
-            raise ConfigError(
-                f"recipe {recipe!r} is neither a file nor a packaged recipe of {system}{nearest(recipe, known)}"
-            )
+    path = recipe_file(system, recipe)
     values = _yaml(path)
     if values.setdefault("system", system) != system:
         raise ConfigError(f"{path}: the recipe is for system {values['system']!r}, but {system!r} was asked for")

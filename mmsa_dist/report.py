@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmsa_dist import run_folder
+from shards.utterance import EMOTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ SPLITS = ("train", "valid", "test")
 LABELS = {
     "mae": "MAE ↓", "corr": "Corr ↑", "acc2_has0": "Acc-2 has0 ↑", "acc2_non0": "Acc-2 non0 ↑", "f1_has0": "F1 has0 ↑",
     "f1_non0": "F1 non0 ↑", "acc2": "Acc-2 ↑", "acc3": "Acc-3 ↑", "acc5": "Acc-5 ↑", "acc7": "Acc-7 ↑", "f1": "F1 ↑",
+    "loss": "Loss ↓", "acc": "Acc ↑",
 }  # fmt: skip
 """Metric -> its name in the papers and which way is better."""
 
@@ -28,6 +30,14 @@ def value_text(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.2f} %" if name.startswith(("acc", "f1")) else f"{value:.4f}"
+
+
+def label(name: str) -> str:
+    """A metric's name in the papers and which way is better; of one emotion that of its kind: ``F1 happy ↑``."""
+    kind, _, emotion = name.partition("_")
+    if emotion in EMOTIONS:
+        return LABELS[kind].replace(" ", f" {emotion} ")
+    return LABELS.get(name, name)
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float | None]], title: str | None = None) -> "RenderableType":
@@ -40,7 +50,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float | None]], title: str 
     names = list(dict.fromkeys(name for values in columns.values() for name in values))
     for name in names:
         cells = (value_text(name, values.get(name)) for values in columns.values())
-        table.add_row(LABELS.get(name, name), *cells)
+        table.add_row(label(name), *cells)
     return table
 
 
@@ -68,7 +78,8 @@ def data_name(result: Mapping[str, Any]) -> str:
 
 
 def pictures(run_dir: Path, into: Path) -> list[Path]:
-    """Writes ``loss_curve.png`` and ``confusion_<split>_<classes>.png``, two classes and the most, of a finished run.
+    """Writes ``loss_curve.png`` and ``confusion_<split>_<classes>.png``, two classes and the most, of a finished run;
+    where labels are classes ``confusion_<split>_<task>.png`` for each task.
 
     Returns:
         The files written; there is no matrix for labels that the field does not put into classes.
@@ -139,12 +150,17 @@ def _matrices(run_dir: Path, split: str, kind: Any, result: Mapping[str, Any], i
 
     with np.load(run_dir / "predictions" / f"{split}.npz", allow_pickle=False) as file:
         y, p = file["y"], file["p"]
-    files = []
-    for classes in sorted({*class_counts(kind)[:1], *class_counts(kind)[-1:]}):
-        counts, labels = confusion(y, p, classes, kind)
-        title = f"{result.get('system', '')} on {data_name(result)}: {split}, {len(y):,} samples"
-        files.append(_save(confusion_matrix(counts, labels, title), into / f"confusion_{split}_{classes}.png"))
-    return files
+        tasks = file["tasks"].tolist() if "tasks" in file else []
+    title = f"{result.get('system', '')} on {data_name(result)}: {split}, {len(y):,} samples"
+    if tasks:
+        found = {task: (confusion(y[:, n], p[:, n], 2, kind), f"{title}, {task}") for n, task in enumerate(tasks)}
+    else:
+        counted = sorted({*class_counts(kind)[:1], *class_counts(kind)[-1:]})
+        found = {str(classes): (confusion(y, p, classes, kind), title) for classes in counted}
+    return [
+        _save(confusion_matrix(*matrix, above), into / f"confusion_{split}_{name}.png")
+        for name, (matrix, above) in found.items()
+    ]
 
 
 def _save(figure: "Figure", path: Path) -> Path:

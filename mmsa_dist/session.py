@@ -1,14 +1,17 @@
 """Everything one rank needs to train: data, system, labels, engine. Built the same way on every rank."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from mmsa_dist import checkpoint, data_card, metrics, run_folder
+from mmsa_dist.config import Monitor
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.engine import Engine, device
 from mmsa_dist.errors import ConfigError, DataError
@@ -31,7 +34,7 @@ class Session:
     """One rank's share of a run.
 
     Attributes:
-        kind: which metrics are computed, ``mosi`` or ``sims``.
+        kind: which metrics are computed: `metrics.kind_for`.
         progress: the checkpoint's plain values, empty in a fresh run.
     """
 
@@ -68,6 +71,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     index = open_index(recipe)
     check_same(folder, index)
     check_data(recipe, index)
+    recipe = settled(recipe, index)
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
     system = get_system(recipe.system)(recipe.model, spec)
@@ -88,7 +92,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
         generator.load_state_dict(saved.generator)
     reader = open_reader(index, open_shards=shards_in_reach(recipe, index))
     loader = Loader(reader, batch_spec(recipe, index, spec), recipe.data.readers)
-    kind = metrics.kind_for(index.label_range)
+    kind = kind_of(index)
     progress = saved.progress if saved else {}
     return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, reader, loader, progress)
 
@@ -151,10 +155,16 @@ def check_data(recipe: Recipe, index: AnyIndex) -> None:
     Raises:
         ConfigError: a modality, split or metric that the data set lacks.
     """
-    if "M" not in index.tasks:
+    if "M" not in index.tasks and not index.classes:
         raise ConfigError(
-            f"data.path: {index.name} has no intensity to learn: its labels are {', '.join(index.tasks) or 'none'}"
-            f"{' (classes)' if index.classes else ''}; the systems here predict a sentiment intensity (label M)"
+            f"data.path: {index.name} has no label to learn: its labels are {', '.join(index.tasks) or 'none'}; "
+            "a system learns a sentiment intensity (label M), or emotions as classes"
+        )
+    if more := {task: number for task, number in index.classes.items() if number != 2}:
+        task, number = next(iter(more.items()))
+        raise ConfigError(
+            f"data.path: label {task} of {index.name} has {number} classes, but systems decide between two, there (1) "
+            "or not (0); pack the data with such a label for each class"
         )
     for split in ("train", "valid"):
         if not index.splits.get(split):
@@ -163,9 +173,8 @@ def check_data(recipe: Recipe, index: AnyIndex) -> None:
                 "training needs train and valid. Pack it with a validation split (pack table --hold-out-valid N holds "
                 "out training videos; index --valid PATTERN says which tars are for validation)"
             )
-    kind = metrics.kind_for(index.label_range)
-    known = metrics.names(kind)
-    if recipe.train.monitor not in known:
+    known = [name for name in metrics.names(kind_of(index)) if name in get_args(Monitor)]
+    if recipe.train.monitor not in ("auto", *known):
         raise ConfigError(
             f"train.monitor: {recipe.train.monitor!r} is not a metric of {index.name}; one of {', '.join(known)}"
         )
@@ -173,31 +182,17 @@ def check_data(recipe: Recipe, index: AnyIndex) -> None:
         raise ConfigError(f"train.monitor: corr needs two validation samples, {index.name} has one; use mae")
 
 
-def check_system(recipe: Recipe, index: AnyIndex) -> None:
-    """Builds the system, without its text encoder, and its label generator, to see that they fit the data.
+def kind_of(index: AnyIndex) -> str:
+    """Which metrics the field reports for the data set."""
+    return metrics.kind_for(index.label_range, index.classes)
 
-    Raises:
-        ConfigError: they do not.
-    """
-    spec = data_spec(recipe, index)
-    system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
-    name = recipe.labels.generator or type(system).labels
-    make_generator(
-        name,
-        numbers=[0],  # one made-up sample: what is wrong with the recipe does not hang on them
-        ids=[0],
-        labels=[0.0],
-        widths=system.feature_widths(),
-        label_range=index.label_range,
-        device=torch.device("cpu"),
-        zero_is_positive=recipe.labels.zero_is_positive,
-    )
-    lacking = system.feature_widths().keys() - {"M", *index.tasks}
-    if name == "none" and lacking:
-        raise ConfigError(
-            f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
-            f"{recipe.system}; use a generator (ulgm), or train fewer tasks (--model.subtasks)"
-        )
+
+def settled(recipe: Recipe, index: AnyIndex) -> Recipe:
+    """The recipe with what it leaves to the data decided: ``train.monitor``."""
+    if recipe.train.monitor != "auto":
+        return recipe
+    monitor = metrics.default_monitor(kind_of(index))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"monitor": monitor})})
 
 
 def inputs(recipe: Recipe, index: AnyIndex) -> str:
@@ -265,7 +260,7 @@ def data_spec(recipe: Recipe, index: AnyIndex) -> DataSpec:
         for m in MODALITIES
         if m in wanted
     }
-    return DataSpec(widths, index.label_range, index.tasks, recipe.text if encoded else None)
+    return DataSpec(widths, index.label_range, index.tasks, recipe.text if encoded else None, index.classes)
 
 
 def batch_spec(recipe: Recipe, index: AnyIndex, spec: DataSpec) -> BatchSpec:
@@ -281,13 +276,9 @@ def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: tor
     numbers = index.numbers("train")
     keys: list[str] = []
     labels: list[np.ndarray] = []
-    if name != "none":
-        fetch_tables(index, [n for n, shard in enumerate(index.shards) if shard.split == "train"])
-        for shard_no, shard in enumerate(index.shards):
-            if shard.split == "train":
-                table = index.table(shard_no)
-                keys += table["key"].to_pylist()
-                labels.append(table["label_M"].to_numpy())
+    for table in train_tables(index) if name != "none" else ():
+        keys += table["key"].to_pylist()
+        labels.append(table["label_M"].to_numpy())
     return make_generator(
         name,
         numbers=numbers if keys else [],
@@ -300,6 +291,13 @@ def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: tor
     )
 
 
+def train_tables(index: AnyIndex) -> Iterator[pa.Table]:
+    """What is known of each train sample, shard by shard, in the order of their numbers."""
+    shards = [n for n, shard in enumerate(index.shards) if shard.split == "train"]
+    fetch_tables(index, shards)
+    yield from map(index.table, shards)
+
+
 def stable_id(key: str) -> int:
     """A 64-bit number of a sample's key: the same in every packing of the data set."""
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little", signed=True)
@@ -307,7 +305,7 @@ def stable_id(key: str) -> int:
 
 def card(recipe: Recipe, index: AnyIndex) -> DataCard:
     """``data.json``: what the system was built for, enough to build it again without the data."""
-    return DataCard.of(index, data_spec(recipe, index), metrics.kind_for(index.label_range), recipe.data.normalize)
+    return DataCard.of(index, data_spec(recipe, index), kind_of(index), recipe.data.normalize)
 
 
 def write_description(folder: Path, recipe: Recipe, index: AnyIndex) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from mmsa_dist import launch, run_folder, session
+from mmsa_dist.checks import check_system
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, absolute
@@ -49,7 +50,8 @@ def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     recipe = quarantined(absolute(recipe))
     index = session.open_index(recipe)
     session.check_data(recipe, index)
-    session.check_system(recipe, index)
+    check_system(recipe, index)
+    recipe = session.settled(recipe, index)
     if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
         raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
     if recipe.engine.precision != "fp32" and recipe.engine.zero == 0:

@@ -235,7 +235,7 @@ class PackCsd(Labelled):
 class PackGenerated(Target):
     """Generates synthetic data. Its labels need all modalities together; it says nothing about sentiment."""
 
-    like: Literal["mosi", "mosei", "sims"] = "mosi"
+    like: Literal["mosi", "mosei", "sims", "iemocap"] = "mosi"
     """Data set whose size, widths, lengths and labels to imitate."""
     samples: Annotated[int | None, option("N")] = None
     """Samples over all splits, in that data set's proportions. Default: its own number."""

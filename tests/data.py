@@ -1,12 +1,13 @@
 """A small packed data set for tests of training: narrow, short and ragged, so that a run takes seconds."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from shards.utterance import SPLITS, Utterance
+from shards.utterance import EMOTIONS, SPLITS, Utterance
 from shards.write import pack
 
 WIDTHS = {"text": 12, "audio": 5, "vision": 7}
@@ -24,7 +25,7 @@ class TinySource:
     where = "generated for tests"
     synthetic = True
     label_range = (-3.0, 3.0)
-    tasks = ("M",)
+    tasks: tuple[str, ...] = ("M",)
     has_raw_text = True
     has_tokens = False
     classes: ClassVar[dict[str, int]] = {}
@@ -54,6 +55,20 @@ class TinySource:
 
     def notes(self) -> list[str]:
         return []
+
+
+class TinyEmotions(TinySource):
+    """The same with emotions for labels: the intensity cut into four parts, a class each."""
+
+    name = "tiny-iemocap"
+    label_range = (0.0, 1.0)
+    tasks = EMOTIONS
+    classes: ClassVar[dict[str, int]] = dict.fromkeys(EMOTIONS, 2)
+
+    def read(self, split: str, number: int) -> Utterance:
+        made = super().read(split, number)
+        part = np.digitize(made.labels["M"], (-1.0, 0.0, 1.0))
+        return replace(made, labels={emotion: float(part == n) for n, emotion in enumerate(EMOTIONS)})
 
 
 def packed(

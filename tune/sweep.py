@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def sweep(space: Space, recipe: Recipe, options: Options) -> dict[str, Any]:
     """Searches, finishes the winner, and gives its ``result.json``."""
-    index, _ = train.check(recipe)
+    index, recipe = train.check(recipe)
     name = options.name or f"sweep-{recipe.system.rpartition(':')[2]}"
     recipe = _stored_in(recipe, options.runs_dir)
     folder = train.prepare(recipe, index, options.runs_dir, name)

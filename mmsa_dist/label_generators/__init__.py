@@ -7,12 +7,18 @@ from mmsa_dist.label_generators.base import (
     label_generator_names,
     make_generator,
 )
+from mmsa_dist.label_generators.multimodal import MultimodalLabels
 from mmsa_dist.label_generators.none import NoLabelGenerator
+from mmsa_dist.label_generators.sugrm import SUGRM
+from mmsa_dist.label_generators.ulag import ULAG
 from mmsa_dist.label_generators.ulgm import ULGM
 
 __all__ = [
+    "SUGRM",
+    "ULAG",
     "ULGM",
     "LabelGenerator",
+    "MultimodalLabels",
     "NoLabelGenerator",
     "get_label_generator",
     "label_generator",

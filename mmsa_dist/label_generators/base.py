@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # the systems' package imports every system
 MODALITY_OF = {task: modality for modality, task in UNIMODAL_TASK.items()}
 """T -> text, A -> audio, V -> vision."""
 
+WEIGHING = "weighing "
+"""Before a task's name, among the targets: the label whose distance from the multimodal one weighs the task's loss,
+where it is not the label to learn (ULAG)."""
+
 
 @dataclass(frozen=True)
 class TrainSplit:
@@ -73,7 +77,7 @@ class LabelGenerator:
 
     def targets(self, batch: Batch, prediction: "Prediction | None" = None) -> dict[str, Tensor]:
         """task -> (B,) labels to learn, as they stand. ``M`` is the true one; a sample outside the train split has
-        the labels of its data set. A key ``"weighing T"`` (`systems.subtasks.WEIGHING`) holds the label that weighs
+        the labels of its data set. A key ``"weighing T"`` (`WEIGHING`) holds the label that weighs
         the loss of task T, where it is not the label to learn.
 
         Args:
@@ -104,6 +108,11 @@ class LabelGenerator:
         Raises:
             ConfigError: the state is of another system or another data set.
         """
+
+    @classmethod
+    def labels_in(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """task -> (N,) the labels generated so far, of what `state_dict` gave, in the order of its ``ids``."""
+        return {}
 
     @classmethod
     def state_bytes(cls, samples: int, widths: Mapping[str, int]) -> int:
@@ -187,12 +196,14 @@ class JointStep:
         real: (B,) bool, False for filler.
         present: task -> (B,) bool, False where the sample lacks the task's modality; ``M`` is always True.
         features: task -> (B, d) float32, detached.
+        learned: task -> (B,) float32, detached; empty where the generator has no layers.
     """
 
     numbers: Tensor
     real: Tensor
     present: dict[str, Tensor]
     features: dict[str, Tensor]
+    learned: dict[str, Tensor]
 
 
 def join_step(
@@ -202,22 +213,25 @@ def join_step(
 
     A rank has the r-th contiguous slice of the global batch, so rows in the order of the ranks are in its order.
     """
-    tasks = list(widths)
+    tasks, said = list(widths), list(predictions[0].learned)
     numbers = torch.cat([b.numbers for b in batches]).to(device, non_blocking=True)
     flags = [torch.cat([b.weight for b in batches]) > 0]
     flags += [torch.cat([_present(b, task) for b in batches]) for task in tasks]
     features = [torch.cat([p.features[task].detach() for p in predictions]).float() for task in tasks]
+    features += [torch.cat([p.learned[task].detach() for p in predictions]).float()[:, None] for task in said]
     # Bits, not numbers: integers and floats of a row travel side by side and arrive as they were sent.
     columns = [numbers[:, None].view(torch.int32), torch.stack(flags, 1).to(device, torch.int32)]
     columns += [f.contiguous().view(torch.int32) for f in features]
     rows = _gather(torch.cat(columns, 1))
-    number_bits, flag_bits, *feature_bits = rows.split([2, len(flags), *widths.values()], dim=1)
+    number_bits, flag_bits, *feature_bits = rows.split([2, len(flags), *(f.shape[1] for f in features)], dim=1)
     real, *present = (flag_bits != 0).unbind(1)
+    numbers_of = [bits.contiguous().view(torch.float32) for bits in feature_bits]
     return JointStep(
         numbers=number_bits.reshape(-1).view(torch.int64),
         real=real,
         present=dict(zip(tasks, present, strict=True)),
-        features={task: f.contiguous().view(torch.float32) for task, f in zip(tasks, feature_bits, strict=True)},
+        features=dict(zip(tasks, numbers_of, strict=False)),
+        learned={task: column[:, 0] for task, column in zip(said, numbers_of[len(tasks) :], strict=True)},
     )
 
 

@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor, scale: float | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V over real keys.
 
     Args:
         query: (B, h, L, d).
         key, value: (B, h, S, d).
         key_mask: (B, S) bool, True on real keys. Every sample has at least one, as `Batch.mask` sees to.
+        scale: in place of 1 / sqrt(d).
 
     Returns:
         (B, h, L, d).
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None, :])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask[:, None, None, :], scale=scale)
 
 
 class SelfAttention(nn.Module):

@@ -78,10 +78,9 @@ def _attend(
 
     Without `ragged`, of an ordinary padded batch: (B, H, T, D / H) -> (B, T, H, D / H).
     """
-    parts = (query, key, value)
     if ragged is not None:
-        parts = tuple(ragged.spread(part[0].transpose(0, 1)).transpose(1, 2) for part in parts)
+        query, key, value = (ragged.spread(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
         attention_mask = ragged.mask[:, None, None, :]
-    seen = F.scaled_dot_product_attention(*parts, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
     seen = seen.transpose(1, 2)
     return (seen if ragged is None else ragged.gather(seen)[None]), None

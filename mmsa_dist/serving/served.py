@@ -3,7 +3,8 @@
 One row is one utterance: ``raw_text`` (or ``text`` features, or ``tokens``), ``audio`` and ``vision`` as lists of
 steps, each a list of numbers; of these the columns that the model reads (its signature). Null or empty means that the
 utterance lacks it. The answer has one row an utterance: ``sentiment``, and ``sentiment_text`` … where the system
-predicts unimodal sentiment too.
+predicts unimodal sentiment too. Of a model of classes a column for each, ``happy`` say: the probability, 0 to 1, that
+the utterance has it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,16 @@ from mlflow.pyfunc import PythonModel
 
 from mmsa_dist.errors import MmsaError
 from mmsa_dist.predictor import Predictor, chunks
-from shards.utterance import UNIMODAL_TASK
+from shards.utterance import EMOTIONS, UNIMODAL_TASK
 
 BATCH = 32
 """Utterances that go through the system at once."""
 
 
 def answer_name(task: str) -> str:
-    """Column of the answer for a task of the system."""
+    """Column of the answer for a task of the system: an emotion's is its name."""
+    if task in EMOTIONS:
+        return task
     names = {"M": "sentiment", **{unimodal: f"sentiment_{modality}" for modality, unimodal in UNIMODAL_TASK.items()}}
     return names.get(task, f"sentiment_{task}")
 
@@ -36,8 +39,8 @@ def answers(predictor: Predictor, records: Sequence[Mapping[Any, Any]]) -> pd.Da
         DataError: a record cannot be read; names its row and column.
     """
     utterances = [predictor.utterance(record, f"row {row}") for row, record in enumerate(records)]
-    parts = [pd.DataFrame(predictor.predict(chunk)) for chunk in chunks(utterances, BATCH)]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["M"])
+    parts = [pd.DataFrame(predictor.readable(predictor.predict(chunk))) for chunk in chunks(utterances, BATCH)]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(predictor.card.judged))
     return table.rename(columns=answer_name).astype("float64")
 
 

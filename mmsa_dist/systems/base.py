@@ -5,14 +5,18 @@ Shapes: B batch, T time, D width.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from mmsa_dist.config import Strict, TextConfig
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.layers.pooling import zero_absent
 from mmsa_dist.registry import Registry
 from shards.batch import Batch
+from shards.utterance import UNIMODAL_TASK
 
 GROUPS = ("text", "audio", "vision", "rest")
 """Parameter groups of the papers: the text encoder, the audio and the vision subnetwork, everything else."""
@@ -28,12 +32,19 @@ class DataSpec:
         label_range: the data set's lowest and highest possible label.
         tasks: the labels that the data set has, ``M`` first.
         text: how text is read; None where the given text features are.
+        classes: task -> number of classes, always 2, where labels are classes; empty where they are intensities.
     """
 
     widths: Mapping[str, int]
     label_range: tuple[float, float]
     tasks: tuple[str, ...]
     text: TextConfig | None = None
+    classes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The tasks that metrics are of: ``M``; where labels are classes all of them."""
+        return self.tasks if self.classes else ("M",)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,9 @@ class Prediction:
     """What a system says of a batch.
 
     Attributes:
-        tasks: task -> (B,) predictions in label units; ``M`` is the system's answer. A system may add tasks of its own.
+        tasks: task -> (B,) predictions in label units; ``M`` is the system's answer. Where labels are classes, of each
+            task the log-odds of 1: the logit of 1 less that of 0, above zero where argmax is 1. A system may add tasks
+            of its own.
         features: name -> (B, d) features that a label generator reads, keyed by task (``M``, ``T``, ``A``, ``V``).
         learned: task -> (B,) what a label generator's own layers make of the features (`System.attach`), in training.
     """
@@ -53,10 +66,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Losses:
-    """total: the scalar to minimise; parts: its named terms, detached, that sum to it."""
+    """What a batch costs.
+
+    Attributes:
+        total: the scalar to minimise.
+        parts: its named terms, detached, that sum to it.
+        means: (n,) detached. Given where terms weigh one another (IAM), so that the loss of the step is not the mean of
+            its micro-batches': what the weights are made of, as this batch has it.
+        within: their mean over the step's ranks and micro-batches -> this batch's losses as they count in that step.
+            `total` and `parts` are those of a batch that is the whole step.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    means: Tensor | None = None
+    within: "Callable[[Tensor], Losses] | None" = None
 
 
 class System(nn.Module):
@@ -71,6 +95,10 @@ class System(nn.Module):
     Config: ClassVar[type[Strict]]
     labels: ClassVar[str] = "none"
     """The label generator of the paper."""
+    classifies: ClassVar[bool] = False
+    """Whether it learns classes too (`DataSpec.classes`), not intensities alone."""
+    weighs_terms: bool = False
+    """Whether `loss` gives `Losses.within`; the engine must know before it asks for a loss."""
 
     def __init__(self, config: Strict, spec: DataSpec) -> None:
         super().__init__()
@@ -97,7 +125,7 @@ class System(nn.Module):
         kept in its checkpoints. In training they see the features of every batch; a trained system goes without them.
 
         Args:
-            layers: task -> (B, d) features in, task -> (B,) out.
+            layers: task -> (B, d) features in, zero where the modality is absent; task -> (B,) out.
         """
         self.label_layers = layers
         self.register_forward_hook(_with_learned)
@@ -112,11 +140,15 @@ LABEL_LAYERS = "label_layers."
 """Begins the names of the parameters that `System.attach` brought."""
 
 
-def _with_learned(system: nn.Module, arguments: object, prediction: Prediction) -> Prediction | None:
+def _with_learned(system: nn.Module, arguments: tuple[Batch], prediction: Prediction) -> Prediction | None:
     """Within the forward pass, where ZeRO-3 has the parameters together."""
     if not system.training:
         return None
-    return replace(prediction, learned=system.get_submodule("label_layers")(prediction.features))
+    features, (batch,) = dict(prediction.features), arguments
+    for modality, task in UNIMODAL_TASK.items():
+        if task in features:
+            features[task] = zero_absent(features[task], batch.present[modality])
+    return replace(prediction, learned=system.get_submodule("label_layers")(features))
 
 
 def weighted_mean(values: Tensor, batch: Batch, present: Tensor | None = None) -> Tensor:
@@ -160,3 +192,12 @@ def get_system(name: str) -> type[System]:
         ConfigError: no such system; names the nearest.
     """
     return _REGISTRY.get(name)
+
+
+def classifying() -> list[str]:
+    """Every system found by a bare name that learns classes too; a third party's that cannot be imported is none."""
+    able = []
+    for name in system_names():
+        with suppress(ConfigError):
+            able += [name] if get_system(name).classifies else []
+    return able

@@ -13,8 +13,8 @@ from mmsa_dist.config import Strict
 from mmsa_dist.layers.heads import Head, SequenceVector
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
 from mmsa_dist.layers.text import text_reader
-from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system, weighted_mean
-from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, distance_weighted
+from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system
+from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, multi_task_loss, predicted
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
 
@@ -103,13 +103,7 @@ class SelfMM(System):
 
     def forward(self, batch: Batch) -> Prediction:
         vectors = {name: zero_absent(self._vector(name, batch), batch.present[name]) for name in self.spec.widths}
-        out = {"M": self.heads["M"](torch.cat(list(vectors.values()), dim=-1))}
-        for name in self.subtasks:
-            out[UNIMODAL_TASK[name]] = self.heads[UNIMODAL_TASK[name]](vectors[name])
-        return Prediction(
-            tasks={task: answer for task, (answer, _) in out.items()},
-            features={task: feature for task, (_, feature) in out.items()},
-        )
+        return predicted(self.heads, self.subtasks, torch.cat(list(vectors.values()), dim=-1), vectors)
 
     def _vector(self, name: str, batch: Batch) -> Tensor:
         """(B, D) of one modality."""
@@ -119,10 +113,7 @@ class SelfMM(System):
         return states[:, 0] if self.pooling == "cls" else masked_mean(states, batch.mask("text"))
 
     def loss(self, prediction: Prediction, batch: Batch, targets: dict[str, Tensor]) -> Losses:
-        parts = {"M": weighted_mean((prediction.tasks["M"] - targets["M"]).abs(), batch)}
-        parts |= distance_weighted(self.subtasks, prediction, batch, targets)
-        total = torch.stack(list(parts.values())).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+        return multi_task_loss(self.subtasks, prediction, batch, targets)
 
     def feature_widths(self) -> dict[str, int]:
         return dict(self._feature_widths)

@@ -3,20 +3,17 @@
 Shapes: B batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.systems.base import DataSpec, Prediction, weighted_mean
+from mmsa_dist.label_generators.base import WEIGHING
+from mmsa_dist.systems.base import DataSpec, Losses, Prediction, weighted_mean
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
-
-WEIGHING = "weighing "
-"""Before a task's name: the label whose distance from the multimodal one weighs the task's loss, where a label
-generator (ULAG) tells it apart from the label to learn."""
 
 Modality = Literal["text", "audio", "vision"]
 
@@ -45,7 +42,7 @@ def target_of(modality: str, targets: dict[str, Tensor]) -> Tensor:
     if task not in targets:
         raise ConfigError(
             f"labels.generator: it gives no labels for task {task}, and the data has none; choose a label generator "
-            f"(ulgm), or leave {modality} out of model.subtasks"
+            f"(ulgm, sugrm, ulag), or leave {modality} out of model.subtasks"
         )
     return targets[task]
 
@@ -79,3 +76,30 @@ def distance_weighted(
         distance = (targets.get(WEIGHING + task, label) - targets["M"]).abs()
         losses[task] = weighted_mean(distance.tanh() * (answer - label).abs(), batch, takes_part)
     return losses
+
+
+def predicted(
+    heads: nn.ModuleDict, subtasks: Sequence[str], fused: Tensor, vectors: Mapping[str, Tensor]
+) -> Prediction:
+    """What Self-MM's heads (`layers.heads.Head`, keyed by task) say: M of the fused vector, each modality's task of its
+    own vector; F* of each is its feature.
+
+    Args:
+        fused: (B, D). vectors: modality -> (B, D).
+    """
+    said = {"M": heads["M"](fused)}
+    said |= {UNIMODAL_TASK[name]: heads[UNIMODAL_TASK[name]](vectors[name]) for name in subtasks}
+    return Prediction(
+        tasks={task: answer for task, (answer, _) in said.items()},
+        features={task: feature for task, (_, feature) in said.items()},
+    )
+
+
+def multi_task_loss(
+    subtasks: Sequence[str], prediction: Prediction, batch: Batch, targets: dict[str, Tensor]
+) -> Losses:
+    """mean |ŷ_m - y_m| + Σ_s mean( tanh|y_s - y_m| · |ŷ_s - y_s| ), the loss of Self-MM and its descendants."""
+    parts = {"M": weighted_mean((prediction.tasks["M"] - targets["M"]).abs(), batch)}
+    parts |= distance_weighted(subtasks, prediction, batch, targets)
+    total = torch.stack(list(parts.values())).sum()
+    return Losses(total, {name: part.detach() for name, part in parts.items()})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmsa_dist.config import Strict
+from mmsa_dist.config import Strict, switch
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.layers.attention import MultiHeadAttention, SelfAttention
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
@@ -28,7 +28,7 @@ class UfenMtfnConfig(Strict):
 
     width: int = Field(default=32, ge=2)
     """Common width d_m; divisible by `heads` and by 2 (the two directions of the GRU)."""
-    layers: int = Field(default=2, ge=1, le=4)
+    layers: int = switch(2, table="7", ge=1, le=4)
     """Layers of convolution and self-attention in each unimodal network."""
     filters: int = Field(default=32, ge=1)
     """Filters of each convolution."""
@@ -42,21 +42,22 @@ class UfenMtfnConfig(Strict):
     """Hidden units of the encoder-decoder's feed-forward networks."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout on the unimodal and on the fused vectors, and in the feed-forward networks."""
-    subtasks: tuple[Modality, ...] | None = None
+    subtasks: tuple[Modality, ...] | None = switch(None, table="8")
     """Modalities with a task of their own. Unset: all in use."""
     unimodal_targets: Literal["multimodal", "own"] = "multimodal"
-    """What the unimodal tasks learn: the multimodal label, or the data's own unimodal labels (CH-SIMS)."""
-    use_gru: bool = True
+    """What the unimodal tasks learn: the multimodal label, or labels of their own: the data's (CH-SIMS), or those that
+    a label generator makes of the pooled X^fusion and of what the answer is read from."""
+    use_gru: bool = switch(True, table="9")
     """Bi-GRU; without it the features are only projected."""
-    use_conv: bool = True
+    use_conv: bool = switch(True, table="9")
     """Convolutions; without them each layer attends over the Bi-GRU's output."""
-    use_attention: bool = True
+    use_attention: bool = switch(True, table="9")
     """Self-attention over each layer's output."""
-    cross_attention: bool = True
+    cross_attention: bool = switch(True, table="9")
     """Cross-modal attention; without it the pooled unimodal features are fused as they are."""
-    encoder_decoder: bool = True
+    encoder_decoder: bool = switch(True, table="9")
     """Encoder-decoder; without it the answer is read from the fused features."""
-    multi_task: bool = True
+    multi_task: bool = switch(True, table="9")
     """Unimodal and fusion tasks beside the final one."""
 
     @model_validator(mode="after")
@@ -217,8 +218,8 @@ class UfenMtfn(System):
                 self.add_module(name, Ufen(spec.widths[name], config))
         self.subtasks = chosen_subtasks(config.subtasks, spec) if config.multi_task else ()
         self.own_targets = config.unimodal_targets == "own"
-        if self.own_targets:
-            _check_own_targets(self.subtasks, spec)
+        if self.own_targets and not self.subtasks:
+            raise ConfigError("model.unimodal_targets: own needs a unimodal task; set it to multimodal")
         self.heads = nn.ModuleDict({name: nn.Linear(d, 1) for name in self.subtasks})
         pairs = permutations(spec.widths, 2) if config.cross_attention else ()
         self.pairs = nn.ModuleDict({f"{i}_{j}": CrossModal(d, config.heads) for i, j in pairs})
@@ -228,6 +229,8 @@ class UfenMtfn(System):
         self.fusion_head = nn.Linear(tokens * d, 1) if config.multi_task or not rebuilds else None
         self.encoder_decoder = EncoderDecoder(config) if rebuilds else None
         self.answer_head = nn.Linear(tokens * d, 1) if rebuilds else None
+        widths = {"M": tokens * d} | {UNIMODAL_TASK[name]: d for name in self.subtasks}
+        self._feature_widths = widths if self.own_targets else {}
 
     def forward(self, batch: Batch) -> Prediction:
         masks = {name: batch.mask(name) for name in self.spec.widths}
@@ -240,10 +243,15 @@ class UfenMtfn(System):
         if self.fusion_head is not None:
             tasks["F"] = self.fusion_head(tokens.flatten(1))
         if self.encoder_decoder is not None and self.answer_head is not None:
-            tasks["M"] = self.answer_head(self.encoder_decoder(tokens, present).flatten(1))
+            tokens = self.encoder_decoder(tokens, present)
+            tasks["M"] = self.answer_head(tokens.flatten(1))
         else:
             tasks["M"] = tasks.pop("F")
-        return Prediction({task: answer.squeeze(-1).float() for task, answer in tasks.items()})
+        features = {"M": tokens.flatten(1)} | {UNIMODAL_TASK[name]: pooled[name] for name in self.subtasks}
+        return Prediction(
+            {task: answer.squeeze(-1).float() for task, answer in tasks.items()},
+            {task: features[task] for task in self._feature_widths},
+        )
 
     def _branch(self, name: str, batch: Batch, mask: Tensor) -> Tensor:
         """X^fusion (B, T, d) of one modality."""
@@ -280,16 +288,9 @@ class UfenMtfn(System):
         total = torch.stack(list(parts.values())).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
+    def feature_widths(self) -> dict[str, int]:
+        return dict(self._feature_widths)
+
 
 def _squared_error(answer: Tensor, label: Tensor) -> Tensor:
     return F.mse_loss(answer, label, reduction="none")
-
-
-def _check_own_targets(subtasks: tuple[str, ...], spec: DataSpec) -> None:
-    lacking = [UNIMODAL_TASK[name] for name in subtasks if UNIMODAL_TASK[name] not in spec.tasks]
-    if lacking or not subtasks:
-        raise ConfigError(
-            "model.unimodal_targets: own needs "
-            + (f"the labels {', '.join(lacking)}, which the data lacks" if lacking else "a unimodal task")
-            + f" (data: {', '.join(spec.tasks)}); set it to multimodal"
-        )

@@ -244,6 +244,10 @@ def model_card(result: dict[str, Any], card: DataCard, recipe: Recipe, uri: str)
         for metric in result["valid"]
     ]
     low, high = card.label_range
+    answer = f"Sentiment intensity of an utterance, {low:g} (negative) to {high:g} (positive)"
+    if card.classes:
+        named = ", ".join(card.judged)
+        answer = f"Emotions of an utterance ({named}): of each the probability, 0 to 1, that it is there"
     splits_text = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     chosen = f"epoch {result['best_epoch']} of {result['epochs']}, selected on {result.get('selected_on')}"
     synthetic = (
@@ -251,7 +255,7 @@ def model_card(result: dict[str, Any], card: DataCard, recipe: Recipe, uri: str)
     )
     return f"""{recipe.system}: {get_system(recipe.system).paper}
 {synthetic}
-Sentiment intensity of an utterance, {low:g} (negative) to {high:g} (positive), from {", ".join(card.widths)}.
+{answer}, from {", ".join(card.widths)}.
 Trained on {data_name({"data": card.name, "synthetic": card.synthetic})} ({splits_text}),
 fingerprint `{card.fingerprint[:12]}`; {chosen}.
 

@@ -122,7 +122,7 @@ def alternatives(config: type[Strict], name: str) -> list[Any]:
     if isinstance(now, bool):
         return [not now]
     if isinstance(now, int):
-        return [now * 2, now + 1, now + 2]
+        return [now * 2, now + 1, now + 2, now // 2]
     if isinstance(now, float):
         return [now + 0.3]
     if isinstance(now, str):
@@ -133,3 +133,11 @@ def alternatives(config: type[Strict], name: str) -> list[Any]:
 
 def loss_of(system: System, batch: Batch) -> Tensor:
     return system.loss(system(batch), batch, targets_of(batch)).total
+
+
+def loss_of_step(system: System, batches: Sequence[Batch]) -> Tensor:
+    """The loss of a step over several micro-batches, as the engine computes it (`Losses.within`)."""
+    losses = [system.loss(system(batch), batch, targets_of(batch)) for batch in batches]
+    means = [each.means for each in losses if each.means is not None]
+    totals = [each.total if each.within is None else each.within(torch.stack(means).mean(0)).total for each in losses]
+    return torch.stack(totals).mean()

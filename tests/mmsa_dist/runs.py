@@ -49,7 +49,7 @@ def trained(
             "system": system,
             "seed": seed,
             "text": {"encoder": encoder, "pretrained": False, "max_tokens": 24},
-            "train": {"epochs": epochs},
+            "train": {"epochs": epochs, "monitor": "mae"},
             **values,
             "data": {"path": str(index.folder), "batch_size": 16, **values.get("data", {})},
         }

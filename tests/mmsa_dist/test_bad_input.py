@@ -102,7 +102,10 @@ def test_values_that_contradict_are_refused_before_anything_starts(refused, word
 
 def test_self_mm_without_labels_to_learn_is_refused(refused, data: str) -> None:  # type: ignore[no-untyped-def]
     error = refused(2, "train", "self_mm", "--data", data, "--labels.generator", "none", "--tracking.no-enabled")
-    assert "none, but synthetic-tiny has no labels for the tasks A, T, V of self_mm; use a generator (ulgm)" in error
+    assert (
+        "none, but synthetic-tiny has no labels for the tasks A, T, V of self_mm; use a generator (ulgm, sugrm, ulag)"
+        in error
+    )
 
 
 def test_values_without_effect_are_said(data: str) -> None:

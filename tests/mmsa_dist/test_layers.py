@@ -9,7 +9,7 @@ from torch import nn
 
 from mmsa_dist.layers.attention import MultiHeadAttention, SelfAttention, attend
 from mmsa_dist.layers.pooling import last_valid, masked_mean, zero_absent
-from mmsa_dist.layers.recurrent import BiGRU, LastStateLSTM, reverse
+from mmsa_dist.layers.recurrent import BiGRU, BiLSTM, LastStateLSTM, last_states, reverse
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -47,6 +47,28 @@ def test_bigru_unpacked_is_bigru_packed(lengths: list[int], width: int, hidden: 
     assert len(results[0]) == 1 + 8
     for packed, unpacked in zip(*results, strict=True):
         torch.testing.assert_close(unpacked, packed, atol=1e-5, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths_of_a_batch, st.integers(1, 12), st.integers(1, 5))
+def test_bilstm_unpacked_is_bilstm_packed(lengths: list[int], width: int, hidden: int) -> None:
+    """As for the GRU; and its ends are what PyTorch calls the last states."""
+    torch.manual_seed(0)
+    values, steps, mask = ragged(lengths, width)
+    lstm, gradient = BiLSTM(width, hidden), torch.randn(*values.shape[:2], 2 * hidden) * mask[..., None]
+    results = []
+    for way in (lstm.packed, lstm.unpacked):
+        lstm.zero_grad()
+        out = way(values, steps) * mask[..., None]
+        out.backward(gradient)
+        results.append([out.detach(), *(p.grad.clone() for p in lstm.parameters() if p.grad is not None)])
+    assert len(results[0]) == 1 + 8
+    for packed, unpacked in zip(*results, strict=True):
+        torch.testing.assert_close(unpacked, packed, atol=1e-5, rtol=1e-4)
+    for row, length in enumerate(lengths):
+        last = nn.LSTM.forward(lstm, values[row : row + 1, :length])[1][0]  # (2, 1, H), by direction
+        found = last_states(lstm(values, steps), steps)[row]
+        torch.testing.assert_close(found, last[:, 0].flatten(), atol=1e-5, rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -114,9 +136,10 @@ def test_pooling() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_bigru_on_a_gpu_is_the_cpus() -> None:
+@pytest.mark.parametrize("layer", [BiGRU, BiLSTM])
+def test_both_directions_on_a_gpu_are_the_cpus(layer: type[BiGRU | BiLSTM]) -> None:
     values, steps, mask = ragged([5, 9, 1], 4)
-    gru = BiGRU(4, 6)
-    wanted = gru(values, steps) * mask[..., None]
-    found = gru.cuda()(values.cuda(), steps).cpu() * mask[..., None]
+    recurrent = layer(4, 6)
+    wanted = recurrent(values, steps) * mask[..., None]
+    found = recurrent.cuda()(values.cuda(), steps).cpu() * mask[..., None]
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)

@@ -9,8 +9,8 @@ import torch
 
 from mmsa_dist.config import TextConfig
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.systems import DataSpec, SelfMM
 from mmsa_dist.layers.heads import SequenceVector
+from mmsa_dist.systems import DataSpec, SelfMM
 from mmsa_dist.systems.self_mm import SelfMMConfig
 from tests.mmsa_dist.batches import build, make_batch, ragged, spec_for, targets_of
 
@@ -26,16 +26,22 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-def numpy_lstm(module: SequenceVector, values: np.ndarray) -> np.ndarray:
-    """One sample (T, D), step by step from the LSTM's equations, then the linear layer."""
-    w = {name: value.detach().numpy() for name, value in module.named_parameters()}
-    h = c = np.zeros(module.lstm.hidden_size)
+def numpy_state(lstm: torch.nn.LSTM, values: np.ndarray) -> np.ndarray:
+    """The last state of one sample (T, D), step by step from the LSTM's equations."""
+    w = {name: value.detach().numpy() for name, value in lstm.named_parameters()}
+    h = c = np.zeros(lstm.hidden_size)
     for x in values:
-        gates = w["lstm.weight_ih_l0"] @ x + w["lstm.bias_ih_l0"] + w["lstm.weight_hh_l0"] @ h + w["lstm.bias_hh_l0"]
+        gates = w["weight_ih_l0"] @ x + w["bias_ih_l0"] + w["weight_hh_l0"] @ h + w["bias_hh_l0"]
         i, f, g, o = np.split(gates, 4)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
-    return w["linear.weight"] @ h + w["linear.bias"]
+    return h
+
+
+def numpy_lstm(module: SequenceVector, values: np.ndarray) -> np.ndarray:
+    """One sample (T, D): the LSTM, then the linear layer."""
+    state = numpy_state(module.lstm, values)
+    return module.linear.weight.detach().numpy() @ state + module.linear.bias.detach().numpy()
 
 
 def test_the_network_is_the_papers() -> None:

@@ -148,12 +148,22 @@ def test_own_targets_train_the_unimodal_tasks_on_their_labels() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in system.parameters())
 
 
-def test_own_targets_need_the_labels() -> None:
-    with pytest.raises(ConfigError, match=r"own needs the labels T, A, V, which the data lacks \(data: M\)"):
-        build(UfenMtfn, spec_for(tasks=("M",)), unimodal_targets="own")
+def test_own_targets_need_a_task_and_labels() -> None:
+    batch = ragged(size=6)
+    system = build(UfenMtfn, spec_for(tasks=("M",)), unimodal_targets="own")
+    with pytest.raises(ConfigError, match="no labels for task T, and the data has none; choose a label generator"):
+        system.loss(system(batch), batch, {"M": batch.labels["M"]})
     with pytest.raises(ConfigError, match="own needs a unimodal task"):
         build(UfenMtfn, spec_for(), unimodal_targets="own", multi_task=False)
-    build(UfenMtfn, spec_for(tasks=("M", "T")), unimodal_targets="own", subtasks=("text",))
+
+
+def test_a_label_generator_reads_the_features_of_tasks_with_own_targets() -> None:
+    batch = ragged(size=6, absent={"audio": [1]})
+    system = build(UfenMtfn, spec_for(tasks=("M",)), unimodal_targets="own", subtasks=("text", "audio"))
+    features = system(batch).features
+    assert {task: feature.shape[1] for task, feature in features.items()} == {"M": 6 * 32, "T": 32, "A": 32}
+    assert not features["A"][1].any()
+    assert build(UfenMtfn, spec_for())(batch).features == {}
 
 
 # Ablation switches -------------------------------------------------------------------------------------------------

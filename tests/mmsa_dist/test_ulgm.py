@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
-from mmsa_dist.label_generators import ulgm as ulgm_module
+from mmsa_dist.label_generators import centres as centres_module
 from mmsa_dist.label_generators.base import join_step
 from mmsa_dist.systems.base import Prediction
 from shards.batch import Batch
@@ -365,7 +365,7 @@ def test_re_summing_by_chunks_changes_no_more_than_rounding(monkeypatch: pytest.
     for epoch in (1, 2):
         epoch_steps(run, epoch, generator)
     running = generator.state_dict()
-    monkeypatch.setattr(ulgm_module, "CHUNK", 4)
+    monkeypatch.setattr(centres_module, "CHUNK", 4)
     generator.end_epoch()
     for name, tensor in generator.state_dict().items():
         torch.testing.assert_close(tensor, running[name], atol=1e-12, rtol=0)

@@ -142,9 +142,9 @@ class Run:
     def seen(self, epoch: int, step: int) -> dict[str, dict[int, np.ndarray]]:
         """The same step as the reference wants it."""
         numbers = self.plan(epoch).step(step).tolist()
+        features = {k: self.features(epoch, k) for k in self.widths}
         return {
-            k: {n: self.features(epoch, k)[n - self.first] for n in numbers if self.present[k][n - self.first]}
-            for k in self.widths
+            k: {n: features[k][n - self.first] for n in numbers if self.present[k][n - self.first]} for k in self.widths
         }
 
     def reference(self, zero_is_positive: bool = False) -> Reference:

@@ -9,7 +9,7 @@ from sklearn.linear_model import RidgeCV
 
 from shards.errors import ConfigError
 from shards.sources.generated import CLS, FIRST_TOKEN, NEGATIVE, POSITIVE, PRESETS, SEP, WORDS, GeneratedSource
-from shards.utterance import MODALITIES, SPLITS, Utterance
+from shards.utterance import EMOTIONS, MODALITIES, SPLITS, Utterance
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ from shards.utterance import MODALITIES, SPLITS, Utterance
         ("mosi", (1284, 229, 686), (768, 5, 20), (50, 375, 500), ("M",), 3),
         ("mosei", (16326, 1871, 4659), (768, 74, 35), (50, 500, 500), ("M",), 3),
         ("sims", (1368, 456, 457), (768, 33, 709), (39, 400, 55), ("M", "T", "A", "V"), 1),
+        ("iemocap", (2717, 798, 938), (300, 74, 35), (20, 400, 500), EMOTIONS, 1),
     ],
 )
 def test_sizes_are_those_of_the_published_set(
@@ -31,7 +32,8 @@ def test_sizes_are_those_of_the_published_set(
     source = GeneratedSource(like)
     assert tuple(source.counts[split] for split in SPLITS) == counts
     assert tuple(source.widths[m] for m in MODALITIES) == widths
-    assert (source.tasks, source.label_range) == (tasks, (-top, top))
+    assert (source.tasks, source.label_range) == (tasks, (0 if tasks == EMOTIONS else -top, top))
+    assert source.classes == (dict.fromkeys(EMOTIONS, 2) if tasks == EMOTIONS else {})
     seen = [source.read("train", n) for n in range(40)]
     for modality, width, most in zip(MODALITIES, widths, longest, strict=True):
         lengths = [len(u.modalities[modality]) for u in seen]
@@ -83,6 +85,21 @@ def test_transcript_token_ids_and_label_agree() -> None:
         assert len(u.tokens) == len(u.modalities["text"])
         polarity = (set(words) & set(POSITIVE) != set()) - (set(words) & set(NEGATIVE) != set())
         assert polarity == np.sign(source.meaning("train", number).polarity) == np.sign(u.labels["T"])
+
+
+def test_emotions_follow_from_what_is_said_and_how() -> None:
+    """One of the four each, none of them rare; the words alone do not tell happy from the others, words and tone do."""
+    source = GeneratedSource("iemocap")
+    samples = [source.read("train", n) for n in range(300)]
+    labels = np.array([[u.labels[emotion] for emotion in EMOTIONS] for u in samples])
+    assert (labels.sum(axis=1) == 1).all() and labels.mean(axis=0).min() > 0.1
+    meanings = [source.meaning("train", n) for n in range(300)]
+    happy = labels[:, EMOTIONS.index("happy")] == 1
+    assert all(m.polarity * m.tone > 0 for m, there in zip(meanings, happy, strict=True) if there)
+    assert {m.tone for m, there in zip(meanings, happy, strict=True) if there} == {-1.0, 1.0}
+    angry, sad = (labels[:, EMOTIONS.index(emotion)] == 1 for emotion in ("angry", "sad"))
+    strength = np.array([m.strength for m in meanings])
+    assert strength[angry].min() > strength[sad].max()
 
 
 def test_every_name_says_synthetic() -> None:

@@ -184,7 +184,7 @@ def test_a_classification_set_is_packed_read_and_batched(tmp_path: Path, capsys:
         assert [float(batch.labels[emotion][n]) for emotion in EMOTIONS] == labels[:, 1].tolist()
 
 
-def test_training_on_classes_is_refused_before_anything_starts(
+def test_a_system_of_intensities_refuses_classes_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, _ = made(emotions=True)
@@ -192,7 +192,7 @@ def test_training_on_classes_is_refused_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "self_mm", "--data", str(tmp_path / "set")]) == 2
     said = capsys.readouterr().err
-    assert "its labels are neutral, happy, sad, angry (classes); the systems here predict a sentiment intensity" in said
+    assert "predicts a sentiment intensity, but the labels of features are classes (neutral, happy, sad, angry)" in said
     assert not (tmp_path / "runs").exists()
 
 

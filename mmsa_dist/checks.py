@@ -1,0 +1,60 @@
+"""Whether a system and its label generator can learn a data set, found out before anything starts."""
+
+from dataclasses import replace
+
+import torch
+
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.label_generators import make_generator
+from mmsa_dist.recipe import Recipe
+from mmsa_dist.session import data_spec
+from mmsa_dist.systems import get_system
+from mmsa_dist.systems.base import classifying
+from shards.mix import AnyIndex
+
+
+def check_system(recipe: Recipe, index: AnyIndex) -> None:
+    """Builds the system, without its text encoder, and its label generator, to see that they fit the data.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    spec = data_spec(recipe, index)
+    name = recipe.labels.generator or get_system(recipe.system).labels
+    if index.classes:
+        check_classes(recipe, index, name)
+    system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
+    make_generator(
+        name,
+        numbers=[0],  # one made-up sample: what is wrong with the recipe does not hang on them
+        ids=[0],
+        labels=[0.0],
+        widths=system.feature_widths(),
+        label_range=index.label_range,
+        device=torch.device("cpu"),
+        zero_is_positive=recipe.labels.zero_is_positive,
+    )
+    lacking = system.feature_widths().keys() - {"M", *index.tasks}
+    if name == "none" and lacking:
+        raise ConfigError(
+            f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
+            f"{recipe.system}; use a generator (ulgm), or train fewer tasks (--model.subtasks)"
+        )
+
+
+def check_classes(recipe: Recipe, index: AnyIndex, generator: str) -> None:
+    """Says that a system or a label generator knows intensities only, where the labels are classes.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if not get_system(recipe.system).classifies:
+        raise ConfigError(
+            f"system {recipe.system} predicts a sentiment intensity, but the labels of {index.name} are classes "
+            f"({', '.join(index.tasks)}); train one that classifies: {', '.join(classifying()) or 'none here does'}"
+        )
+    if generator != "none":
+        raise ConfigError(
+            f"labels.generator: {generator} makes unimodal intensities from the label M, which {index.name} has not: "
+            "its labels are classes; use none"
+        )

@@ -1,0 +1,272 @@
+"""`mmsa-dist systems`: the list, one system's page, and the drawing of its parts."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmsa_dist import anatomy
+from mmsa_dist.__main__ import main
+from mmsa_dist.config import Strict, switch
+from mmsa_dist.label_generators import label_generator_names
+from mmsa_dist.recipe import PACKAGED, from_dict, packaged, recipe_file, sourced
+from mmsa_dist.systems import DataSpec, Prediction, System, get_system, system_names
+from mmsa_dist.systems_cli import built, forward, published_spec, switches
+from shards.batch import Batch
+from tests.mmsa_dist.batches import build, loss_of, padded, ragged, spec_for
+from tests.mmsa_dist.test_registry import third_party as third_party  # a fixture
+
+SYSTEMS = [name for name in system_names() if get_system(name).__module__.startswith("mmsa_dist.")]
+
+
+class Small(System):
+    """Layers over steps, over samples and over all steps in a row, a scale of its own, dropout."""
+
+    Config = Strict
+    name = "small"
+
+    def __init__(self, config: Strict, spec: DataSpec) -> None:
+        super().__init__(config, spec)
+        self.audio = nn.LSTM(spec.widths["audio"], 3, batch_first=True)
+        self.packed = nn.Linear(spec.widths["audio"], 1, bias=False)
+        self.dropout = nn.Dropout(0.5)
+        self.heads = nn.ModuleList([nn.Linear(3, 1), nn.Sequential(nn.Linear(3, 2))])
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, batch: Batch) -> Prediction:
+        states: Tensor = self.dropout(self.audio(batch.values["audio"][:, ::2])[0])
+        self.heads[1](states)
+        self.packed(batch.values["audio"].flatten(0, 1))
+        return Prediction({"M": self.heads[0](states[:, -1]).squeeze(1)})
+
+
+def test_parts_say_what_they_give_and_hold() -> None:
+    """Numbers by hand: an LSTM of 5 -> 3 has 4 * 3 * (5 + 3 + 2) parameters."""
+    tree = anatomy.dissect(Small(Strict(), spec_for(["audio"])))
+    found = {line: (part.kind, part.output, part.parameters, part.groups) for line, part in anatomy.lines(tree)}
+    assert found == {
+        "small": ("Small", "", 120 + 5 + 4 + 8 + 4, ("audio", "rest")),
+        "├── audio": ("LSTM", "(B, T/2, 3) (1, B, 3) (1, B, 3)", 120, ("audio",)),
+        "├── packed": ("Linear", "(B·T, 1)", 5, ("rest",)),
+        "├── heads": ("ModuleList", "", 12, ("rest",)),
+        "│   ├── 0": ("Linear", "(B, 1)", 4, ("rest",)),
+        "│   └── 1": ("Sequential", "(B, T/2, 2)", 8, ("rest",)),
+        "└── scale": ("Parameter", "(4,)", 4, ("rest",)),
+    }
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_parts_add_up(name: str) -> None:
+    system = get_system(name)(get_system(name).Config(), spec_for())
+    tree = anatomy.dissect(system)
+    assert tree.parameters == sum(parameter.numel() for parameter in system.parameters())
+    for _, part in anatomy.lines(tree):
+        assert part.parts == [] or sum(child.parameters for child in part.parts) == part.parameters
+    assert {"audio", "vision"} <= {part.name for part in tree.parts}
+
+
+def test_mermaid_has_every_part_and_every_branch() -> None:
+    tree = anatomy.dissect(Small(Strict(), spec_for(["audio"])))
+    text = anatomy.mermaid(tree)
+    assert len(re.findall(r'^  p\d+\["', text, re.MULTILINE)) == 7
+    assert len(re.findall(r"-->", text)) == 6
+    assert 'p1["<b>audio</b><br/>LSTM<br/>(B, T/2, 3) (1, B, 3) (1, B, 3)<br/>120"]:::audio' in text
+
+
+def test_a_picture_has_a_box_for_every_part() -> None:
+    figure = anatomy.picture(anatomy.dissect(Small(Strict(), spec_for(["audio"]))), "small")
+    axes = figure.axes[0]
+    assert len(axes.patches) == 7
+    boxes = {(*box.get_xy(), box.get_height()) for box in axes.patches}  # type: ignore[attr-defined]
+    heights = sorted(round(height + 0.08) for *_, height in boxes)
+    assert heights == [1, 1, 1, 1, 1, 2, 5], "a box is as high as its parts together"
+
+
+# What the page says ------------------------------------------------------------------------------------------------
+
+
+def test_sources_are_read_from_the_comments(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "# source: of nothing\nsystem: self_mm\nseed: 3  # source: dice\nmodel:  # source: MMSA, all of it\n"
+        "  audio_out: 16\n  vision_out: 32  # source: paper, table 2: # 7\n  text_pooling: cls  # as ever\n"
+        "optim:\n  lr: {text: 1.0e-5, audio: 1.0e-3, vision: 1.0e-3, rest: 1.0e-3}  # source: ours\n"
+    )
+    assert sourced(file) == {
+        "system": ("self_mm", ""),
+        "seed": (3, "dice"),
+        "model.audio_out": (16, "MMSA, all of it"),
+        "model.vision_out": (32, "paper, table 2: # 7"),
+        "model.text_pooling": ("cls", "MMSA, all of it"),
+        "optim.lr": ({"text": 1e-5, "audio": 1e-3, "vision": 1e-3, "rest": 1e-3}, "ours"),
+    }
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_packaged_value_is_shown_with_its_source(file: Path) -> None:
+    found = sourced(file)
+    assert [key for key, (_, source) in found.items() if not source] == ["system"]
+    recipe = from_dict({key: value for key, (value, _) in found.items() if "." not in key})
+    assert {key.partition(".")[0] for key in found} <= {*type(recipe).model_fields}
+
+
+class Switched(Strict):
+    """Fields of every kind."""
+
+    plain: int = 3
+    """No ablation."""
+    use_it: bool = switch(True, table="5")
+    """On."""
+    leave_it: bool = switch(False, table="5, 6")
+    """Off."""
+    layers: int = switch(2, table="7", ge=1, le=4)
+    """How many."""
+
+
+def test_switches_are_fields_like_others_and_name_their_table() -> None:
+    found = [(each.flag, each.default, each.table, each.help) for each in switches(Switched)]
+    assert found == [
+        ("--model.no-use-it", "true", "5", "On."),
+        ("--model.leave-it", "false", "5, 6", "Off."),
+        ("--model.layers LAYERS", "2", "7", "How many."),
+    ]
+    with pytest.raises(ValueError, match="less than or equal to 4"):
+        Switched(layers=5)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_switch_is_an_option_of_training(name: str) -> None:
+    from mmsa_dist.recipe import load_recipe
+
+    for each in switches(get_system(name).Config):
+        flag, _, value = each.flag.partition(" ")
+        if not value or "|" in value:
+            load_recipe(name, None, [flag, *filter(None, [value.partition("|")[0]])])
+
+
+def test_the_papers_tables_have_their_switches() -> None:
+    tables = {name: {each.table for each in switches(get_system(name).Config)} for name in ("iam", "ufen_mtfn")}
+    assert tables == {"iam": {"5, 6"}, "ufen_mtfn": {"7", "8", "9"}}
+
+
+def test_the_forward_ends_where_the_open_questions_begin() -> None:
+    said = forward(get_system("iam"))
+    assert said.startswith("IAM.") and "eq" in said
+    assert "leaves open" not in said and said.endswith("(16).")
+
+
+def test_published_widths() -> None:
+    assert published_spec("sims").widths == {"text": 768, "audio": 33, "vision": 709}
+    assert published_spec("my.yaml").widths == {"text": 768, "audio": 5, "vision": 20}
+    assert published_spec("iemocap").classes == {"neutral": 2, "happy": 2, "sad": 2, "angry": 2}
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_has_them_all(capsys: pytest.CaptureFixture[str], third_party: Path) -> None:
+    """A third party's too; one that does not work does not hide the others."""
+    assert main(["systems"]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    for name in SYSTEMS:
+        assert re.search(rf"\b{name}\b", table)
+        system = built(get_system(name), get_system(name).Config(), "mosi")
+        assert f"{sum(p.numel() for p in system.parameters()):,}" in table
+        assert all(data in table for data in packaged(name))
+    assert "their_system" in table
+    assert "broken" in table and "cannot be" in table
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_page_of_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cls = get_system(name)
+    assert main(["systems", name]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert page.startswith(f"{name}: {cls.paper}")
+    assert " ".join(forward(cls).split()) in page
+    for key, (_, source) in sourced(recipe_file(name, "mosi")).items():
+        assert key in page or key == "system"
+        assert not source or source.split()[0] in page
+    for each in switches(cls.Config):
+        assert each.flag in page
+    assert ("--labels.generator " + "|".join(label_generator_names()) in page) == (cls.labels != "none")
+    assert "├── audio" in page and "(B, T, " in page
+
+
+def test_recipe_and_drawings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["systems", "iam", "--recipe", "sims"]) == 0
+    page = capsys.readouterr().out
+    assert "bert" not in page and "recipe sims" in page and "widths of sims" in page
+    assert main(["systems", "iam", "--mermaid"]) == 0
+    assert capsys.readouterr().out.startswith("flowchart LR\n")
+    picture = tmp_path / "new" / "iam.png"
+    assert main(["systems", "iam", "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_third_partys_page(capsys: pytest.CaptureFixture[str], third_party: Path) -> None:
+    assert main(["systems", "their_module:Theirs"]) == 0
+    page = capsys.readouterr().out
+    assert "Linear on the mean of audio." in page
+    assert "no packaged recipe" in page and "└── audio" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["iamm"], "unknown system 'iamm'; did you mean 'iam'"),
+        (["iam", "--recipe", "mossi"], "neither a file nor a packaged recipe of iam; did you mean 'mosi'"),
+        (["iam", "--picture", "iam.txt"], "ends in .png, .svg, .pdf"),
+        (["--mermaid"], "are of one system"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["systems", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# docs/systems.md ---------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+
+
+def test_the_page_names_every_system() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \| `\w+` \| (.*) \|$", PAGE, re.MULTILINE))
+    assert set(SYSTEMS) <= set(rows)
+    for name in SYSTEMS:
+        assert set(rows[name].split(", ")) == set(packaged(name))
+        assert re.search(rf"^\| `{name}` .* \| `{get_system(name).labels}` \| ", PAGE, re.MULTILINE)
+
+
+def test_its_commands_have_options_that_exist() -> None:
+    from mmsa_dist.recipe import load_recipe
+
+    commands = re.findall(r"^mmsa-dist train (\w+) --data data/mosi ([^#\n]*)", PAGE, re.MULTILINE)
+    assert len(commands) >= 5
+    for name, overrides in commands:
+        if name in SYSTEMS:
+            assert load_recipe(name, "mosi", overrides.split()) != load_recipe(name, "mosi", [])
+
+
+def test_its_example_is_a_whole_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmsa_dist.systems.base import _REGISTRY
+
+    monkeypatch.setattr(_REGISTRY, "_classes", dict(_REGISTRY._classes))
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    module = ModuleType("my_system")
+    monkeypatch.setitem(sys.modules, "my_system", module)  # pydantic looks up annotations there
+    path = Path(__file__).with_name("my_system.py")
+    exec(compile(example, str(path), "exec"), module.__dict__)
+    cls = get_system("mean")
+    system = build(cls, spec_for())
+    batch = ragged(absent={"audio": [1]})
+    loss_of(system, batch).backward()
+    assert all(parameter.grad is not None for parameter in system.parameters())
+    more = padded(batch, {"text": 3, "audio": 5, "vision": 2}, None)
+    torch.testing.assert_close(system(more).tasks["M"], system(batch).tasks["M"], atol=1e-6, rtol=0)
+    assert [each.table for each in switches(cls.Config)] == ["2"]
