@@ -38,7 +38,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
     if name == "none" and lacking:
         raise ConfigError(
             f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
-            f"{recipe.system}; use a generator (ulgm), or train fewer tasks (--model.subtasks)"
+            f"{recipe.system}; use a generator (ulgm, sugrm, ulag), or train fewer tasks (--model.subtasks)"
         )
 
 

@@ -86,7 +86,7 @@ REFUSED_VALUES = {
     "--launch.gpus-per-worker 64": "1 workers x 64 GPUs need 64 GPUs, this machine has",
     "--labels.generator ulgm": "label generator 'ulgm' reads features of M and of at least one of T, A, V; the system",
     "--labels.generator ulgn": "did you mean 'ulgm'",
-    "--model.unimodal-targets own": "model.unimodal_targets: own needs the labels T, A, V, which the data lacks",
+    "--model.unimodal-targets own": "labels.generator: none, but synthetic-tiny has no labels for the tasks A, T, V of",
     "--model.width 3": "`model`: width 3 must be divisible by heads 2 and by 2",
     "--data.modalities text --model.subtasks vision": "model.subtasks",
     "--labels.zero-is-positive": "labels.zero_is_positive: label generator 'none' has no such option",
