@@ -18,6 +18,8 @@ from tests.data import packed
 SYSTEMS = ("ufen_mtfn", "self_mm")
 """On these, one with a label generator and one without, everything is tried."""
 OTHERS = ("tam_ulag", "iam", "sugrm", "mult", "pmr")
+SMALL = {"mult": {"layers": 1, "width": 20}, "pmr": {"layers": 1, "width": 20}}
+"""Hundreds of small parameters cost ZeRO-3 half a minute."""
 STAGES = (0, 1, 2, 3)
 
 
@@ -37,7 +39,7 @@ def recipe_for(system: str, data: Path, **changes: Any) -> Recipe:
         "optim": {"lr": {"text": 1e-3, "audio": 1e-3, "vision": 1e-3, "rest": 1e-3}},
         "train": {"epochs": 2},
         "tracking": {"enabled": False},
-        "model": no_dropout(system),
+        "model": {**no_dropout(system), **SMALL.get(system, {})},
     }
     for key, value in changes.items():
         values.setdefault(key, {}).update(value)
@@ -95,11 +97,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("system", SYSTEMS + OTHERS)
 def test_two_ranks_equal_one(ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str) -> None:
     """Law 1: at every ZeRO stage the same losses over the first 8 steps and the same generated labels."""
-    recipe = recipe_for(system, data)
-    one = ranks(train, 1, tmp_path / "one", recipe.dump())[0]
+    # at 1e-3 PMR's first steps with Adam magnify the rounding of a sum a thousandfold, at 1e-4 not at all
+    slow = {"lr": dict.fromkeys(("text", "audio", "vision", "rest"), 1e-4)} if system in OTHERS else {}
+    one = ranks(train, 1, tmp_path / "one", recipe_for(system, data, optim=slow).dump())[0]
     assert len(one["losses"]) >= 8
     for stage in STAGES if system in SYSTEMS else (3,):
-        staged = recipe_for(system, data, engine={"zero": stage})
+        staged = recipe_for(system, data, engine={"zero": stage}, optim=slow)
         for of_rank in ranks(train, 2, tmp_path / f"two-{stage}", staged.dump()):
             assert of_rank["losses"][:8] == pytest.approx(one["losses"][:8], abs=1e-5), stage
             for name, value in one["labels"].items():
