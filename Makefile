@@ -46,9 +46,9 @@ test: $(STAMP) ## every test that is neither slow nor needs a GPU
 test-all: $(STAMP) ## every test, the slow ones too
 	$(BIN)/python -m pytest
 
-real: $(STAMP) ## train on real CMU-MOSI and write the results table: make real DATA=../shared/data/mosi
+real: $(STAMP) ## train on real CMU-MOSI and write the results table: make real DATA=../shared/data/mosi [SYSTEMS="iam pmr"]
 	@test -n "$(DATA)" || { echo "error: make real needs DATA=FOLDER with utterances.csv and features.npz (docs/your-data.md)" >&2; exit 2; }
-	$(BIN)/python -m benchmarks.real --data $(DATA)
+	$(BIN)/python -m benchmarks.real --data $(DATA) $(if $(filter-out all,$(SYSTEMS)),--systems $(SYSTEMS))
 
 figures: $(STAMP) ## write what benchmarks/results/*.json hold into README.md
 	$(BIN)/python -m benchmarks.render

@@ -3,7 +3,8 @@
 FOLDER holds ``utterances.csv`` and ``features.npz`` (docs/your-data.md). Two splits are packed: the official one with
 text and audio (its vision features leak the test labels, so vision is absent), and Poria's with text, audio and vision,
 ten training videos held out as validation. Every system is trained with every seed through the whole path (Ray, two
-workers, ZeRO-1), selected on validation; the test split is read once a run. What is finished already is not run again.
+workers, ZeRO-1), selected on validation; the test split is read once a run. What is finished already is not run again,
+and what was recorded of other systems stays.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SPLITS: dict[str, tuple[str, list[str]]] = {
         ],
     ),
 }
-SYSTEMS = ("self_mm", "ufen_mtfn")
+SYSTEMS = ("tam_ulag", "iam", "pmr", "ufen_mtfn", "self_mm", "sugrm", "mult")
 RECIPES = Path("benchmarks/recipes")
 
 
@@ -47,20 +48,30 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("overrides", nargs="*", help="after --: recipe values for every run, e.g. -- --epochs 1")
     options = parser.parse_args()
-    content: dict[str, Any] = {"splits": []}
     for split in options.splits:
-        title, packing = SPLITS[split]
-        shards = pack(options.data, options.out / split, packing)
-        runs = [
-            results(system, shards, options.seeds, options.encoder, options.out / "runs", options.overrides)
-            for system in options.systems
-        ]
-        content["splits"].append({"name": split, "title": title, "runs": runs})
-    if not options.no_record:
-        path = record.write(
-            "real", {"name": "real", "command": record.command_line(), **record.environment(), **content}
-        )
-        print(f"written to {path}; python -m benchmarks.render puts it into README.md")
+        shards = pack(options.data, options.out / split, SPLITS[split][1])
+        for system in options.systems:
+            found = results(system, shards, options.seeds, options.encoder, options.out / "runs", options.overrides)
+            if not options.no_record:
+                print(f"written to {keep(split, found)}, and into README.md")
+
+
+def keep(split: str, found: dict[str, Any]) -> Path:
+    """Writes one system's results on a split, among those that are recorded already."""
+    environment = record.environment()
+    found |= {name: environment[name] for name in ("commit", "changed_since_commit", "date")}
+    file = record.RESULTS / "real.json"
+    splits = run_folder.read_json(file)["splits"] if file.is_file() else []
+    runs = {
+        name: {run["system"]: run for part in splits if part["name"] == name for run in part["runs"]} for name in SPLITS
+    }
+    runs[split][found["system"]] = found
+    content = [
+        {"name": name, "title": title, "runs": [runs[name][system] for system in SYSTEMS if system in runs[name]]}
+        for name, (title, _) in SPLITS.items()
+        if runs[name]
+    ]
+    return record.write("real", {"name": "real", "command": record.command_line(), **environment, "splits": content})
 
 
 def pack(data: Path, out: Path, options: list[str]) -> Path:

@@ -6,7 +6,7 @@ README.md has ``real`` and ``figures`` (rows with a bound, and headlines), bench
 
 ``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
 ``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
-one entry of ``test`` a seed.
+one entry of ``test`` a seed; a run also says its own commit and date.
 Every other file holds ``rows`` (`record.Row`).
 """
 
@@ -109,7 +109,7 @@ def real(content: dict[str, Any]) -> str:
             for run in split["runs"]
         ]
         rows += [[f"*{name}*", *(point.get(m, "") for m in shown)] for name, point in REFERENCES.get(split["name"], [])]
-        commands = "\n".join(run["command"] for run in split["runs"])
+        commands = "\n".join(f"{run['command']}{measured_at(run)}" for run in split["runs"])
         valid = ", ".join(
             f"{run['system']} {spread('mae', [seed['mae'] for seed in run['valid']])}"
             for run in split["runs"]
@@ -125,6 +125,13 @@ def real(content: dict[str, Any]) -> str:
         f"Rows in italics are reference points on the same files, not runs of this project. {provenance(content)}"
     )
     return "\n\n".join(parts)
+
+
+def measured_at(run: dict[str, Any]) -> str:
+    """Systems are not all measured in one go."""
+    if "commit" not in run:
+        return ""
+    return f"  # commit {run['commit']}{' with changes' if run['changed_since_commit'] else ''}, {run['date']}"
 
 
 def spread(metric: str, values: Iterable[float | None]) -> str:

@@ -1,6 +1,7 @@
 """The pages show what was measured, from result files and from nowhere else; and each part of a benchmark runs."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import webdataset
 
 from benchmarks import record as record_module
-from benchmarks import render, stall
+from benchmarks import real, render, stall
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
 from benchmarks.data.readers import READERS, collated, from_npy, from_safetensors
@@ -97,6 +98,20 @@ def test_a_page_without_its_marks_is_an_error(page: str) -> None:
 )
 def test_three_significant_digits(value: float, text: str) -> None:
     assert render.significant(value) == text
+
+
+def test_systems_measured_another_day_stay_in_the_table(results: Path) -> None:
+    def measured(system: str, mae: float) -> dict[str, Any]:
+        return {"system": system, "command": f"mmsa-dist train {system}", "seeds": [1], "test": [{"mae": mae}]}
+
+    for split, system, mae in (("official", "self_mm", 0.7), ("poria", "self_mm", 0.9), ("official", "iam", 0.6)):
+        real.keep(split, measured(system, mae))
+    real.keep("official", measured("self_mm", 0.8))
+    splits = json.loads((results / "real.json").read_text())["splits"]
+    found = [(split["name"], run["system"], run["test"][0]["mae"]) for split in splits for run in split["runs"]]
+    assert found == [("official", "iam", 0.6), ("official", "self_mm", 0.8), ("poria", "self_mm", 0.9)]
+    shown = render.sections(render.load())["real"]
+    assert re.search(r"^mmsa-dist train iam  # commit \w+(?: with changes)?, \d{4}-\d\d-\d\d", shown, re.MULTILINE)
 
 
 def test_commands_name_no_folder_of_this_machine() -> None:
