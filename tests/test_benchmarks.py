@@ -11,8 +11,8 @@ import pytest
 import torch
 import webdataset
 
-from benchmarks import record as record_module
 from benchmarks import real, render, stall
+from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
 from benchmarks.data.readers import READERS, collated, from_npy, from_safetensors
