@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mmsa_dist.layers.packed import Steps
 
-BLOCK = 64
-"""Queries of an item at most: fewer skip more of what a future mask hides, and are slower to multiply."""
-TILE = 1 << 17
-"""Scores of a tile, over all heads: as many as stay in a core's cache while they are worked on."""
+BLOCK = 1 << 15
+"""Scores of an item, of one head, at most; and at least `ROWS` queries, whatever the keys."""
+ROWS = 64
+"""Fewer queries skip more of what a future mask hides, and are slower to multiply."""
+TILE = 1 << 18
+"""Scores of a tile, over all heads: about as many as stay in a cache while they are worked on."""
 
 Numbers = NDArray[np.int64]
 
@@ -59,9 +61,12 @@ class Sight:
         assert not (self.future and self.key.mixed), "a query might be left without a key"
 
     @cached_property
-    def sees(self) -> Tensor:
-        """(N,) bool: whether the query's sample has a key that is real."""
-        return self.key.there[self.query.sample]
+    def blind(self) -> Tensor | None:
+        """(N,) bool: queries whose sample has no real key; None where it is known that there are none."""
+        there = self.key.there
+        if there.device.type == "cpu" and bool(there.all()):
+            return None
+        return ~there[self.query.sample]
 
     @cached_property
     def mask(self) -> Tensor:
@@ -115,8 +120,8 @@ class Blocks:
 
     @classmethod
     def of(cls, length: Numbers, size: Numbers, future: bool) -> "Blocks":
-        """A sample's queries in as few blocks of at most `BLOCK` as there can be, of about equal size."""
-        number = -(-length // BLOCK)
+        """A sample's queries in as few blocks as `BLOCK` allows, of about equal size."""
+        number = -(-length // np.maximum(BLOCK // size, ROWS))
         sample = np.arange(len(length)).repeat(number)
         nth = np.arange(len(sample)) - (number.cumsum() - number)[sample]
         begin, end = ((nth + more) * length[sample] // number[sample] for more in (0, 1))

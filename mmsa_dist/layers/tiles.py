@@ -64,12 +64,13 @@ class Tiled(torch.autograd.Function):
         out = torch.empty_like(query)
         seed = int(torch.randint(2**62, ())) if dropout else 0
         coins, space = Coins(seed, dropout), Space(tiles, heads)
+        q, k, v, o = (_by_head(x, heads) for x in (query, key, value, out))
         for tile in tiles:
-            weights = _weights(_take(query, tile.query, tile, heads), _take(key, tile.key, tile, heads), tile, space)
+            weights = _weights(_take(q, tile.query, tile), _take(k, tile.key, tile), tile, space)
             if dropout:
                 weights.mul_(coins.kept(space.of("coins", tile)))
-            _put(out, tile.query, torch.bmm(_take(value, tile.key, tile, heads), weights.mT), tile)
-        seen = out[:-1].div_(1 - coins.lost)
+            _put(o, tile.query, torch.bmm(_take(v, tile.key, tile), weights.mT), tile)
+        seen = out[:-1].div_(1 - coins.lost) if dropout else out[:-1]
         ctx.save_for_backward(query, key, value, seen)
         ctx.rest = tiles, heads, seed, dropout
         return seen
@@ -84,19 +85,20 @@ class Tiled(torch.autograd.Function):
         centre = _one_more((gradient * seen).unflatten(1, (heads, -1)).sum(-1))
         wanted = _one_more(gradient / (1 - coins.lost))
         d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        q, k, v, g, c = (_by_head(x, heads) for x in (query, key, value, wanted, centre))
+        dq, dk, dv = (_by_head(x, heads) for x in (d_query, d_key, d_value))
         for tile in tiles:
-            q, g = _take(query, tile.query, tile, heads), _take(wanted, tile.query, tile, heads)
-            k = _take(key, tile.key, tile, heads)
-            weights = kept = _weights(q, k, tile, space)
-            slopes = torch.bmm(g.mT, _take(value, tile.key, tile, heads), out=space.of("slopes", tile))
+            q_tile, k_tile, g_tile = _take(q, tile.query, tile), _take(k, tile.key, tile), _take(g, tile.query, tile)
+            weights = kept = _weights(q_tile, k_tile, tile, space)
+            slopes = torch.bmm(g_tile.mT, _take(v, tile.key, tile), out=space.of("slopes", tile))
             if dropout:
                 coin = coins.kept(space.of("coins", tile))
                 slopes.mul_(coin)
                 kept = coin.mul_(weights)
-            _add(d_value, tile.key, torch.bmm(g, kept), tile)
-            slopes.sub_(_take(centre, tile.query, tile, heads).mT).mul_(weights)
-            _put(d_query, tile.query, torch.bmm(k, slopes.mT), tile)
-            _add(d_key, tile.key, torch.bmm(q, slopes), tile)
+            _add(dv, tile.key, torch.bmm(g_tile, kept), tile)
+            slopes.sub_(_take(c, tile.query, tile).mT).mul_(weights)
+            _put(dq, tile.query, torch.bmm(k_tile, slopes.mT), tile)
+            _add(dk, tile.key, torch.bmm(q_tile, slopes), tile)
         return d_query[:-1].mul_((query.shape[1] // heads) ** -0.5), d_key, d_value, None, None, None
 
 
@@ -152,28 +154,38 @@ def _one_more(values: Tensor) -> Tensor:
     return F.pad(values, (0, 0, 0, 1))
 
 
-def _take(values: Tensor, steps: slice | Tensor, tile: Tile, heads: int) -> Tensor:
-    """(N, D) -> (h * items, d, steps of an item); a view where there is one item."""
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """(N, D) -> (h, d, N), a view."""
+    return values.view(values.shape[0], heads, -1).permute(1, 2, 0)
+
+
+def _take(values: Tensor, steps: slice | Tensor, tile: Tile) -> Tensor:
+    """(h, d, N) -> (h * items, d, steps of an item); a view where there is one item."""
     if isinstance(steps, slice):
-        return values[steps].unflatten(1, (heads, -1)).permute(1, 2, 0)
-    taken = values.index_select(0, steps).view(tile.items, -1, heads, values.shape[1] // heads)
-    return taken.permute(2, 0, 3, 1).flatten(0, 1)
+        return values[..., steps]
+    rows = _flat(values).index_select(0, steps).view(tile.items, -1, *values.shape[:2])
+    return rows.permute(2, 0, 3, 1).flatten(0, 1)
 
 
 def _put(values: Tensor, steps: slice | Tensor, columns: Tensor, tile: Tile) -> None:
     """The opposite of `_take`."""
     if isinstance(steps, slice):
-        values[steps].view(-1, *columns.shape[:2]).permute(1, 2, 0).copy_(columns)
+        values[..., steps].copy_(columns)
     else:
-        values.index_copy_(0, steps, _rows(columns, tile))
+        _flat(values).index_copy_(0, steps, _rows(columns, tile))
 
 
 def _add(values: Tensor, steps: slice | Tensor, columns: Tensor, tile: Tile) -> None:
     """As `_put`, adding up."""
     if isinstance(steps, slice):
-        values[steps].view(-1, *columns.shape[:2]).permute(1, 2, 0).add_(columns)
+        values[..., steps].add_(columns)
     else:
-        values.index_add_(0, steps, _rows(columns, tile))
+        _flat(values).index_add_(0, steps, _rows(columns, tile))
+
+
+def _flat(values: Tensor) -> Tensor:
+    """(h, d, N), a view of (N, D) -> that."""
+    return values.permute(2, 0, 1).flatten(1)
 
 
 def _rows(columns: Tensor, tile: Tile) -> Tensor:

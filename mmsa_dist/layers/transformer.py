@@ -46,7 +46,7 @@ class PackedAttention(nn.Module):
         keys, values = self.key_value(key).chunk(2, -1)
         dropout = self.dropout if self.training else 0.0
         seen = self.out(attend_packed(self.query(query), keys, values, sight, self.heads, dropout))
-        return seen.masked_fill(~sight.sees[:, None], 0.0)
+        return seen if sight.blind is None else seen.masked_fill(sight.blind[:, None], 0.0)
 
 
 class FeedForward(nn.Module):
