@@ -104,11 +104,15 @@ def rows(batch: Batch, chosen: slice, norm: float) -> Batch:
     )
 
 
+SMALL: dict[str, dict[str, Any]] = {"mult": {"layers": 1, "width": 20}, "pmr": {"layers": 1, "width": 20}}
+"""System -> values in place of its defaults, where those are dozens of layers: what one does, all do."""
+
+
 def build(cls: type[System], spec: DataSpec, *, seed: int = 0, dropout: bool = False, **values: Any) -> System:
-    """A system from a seed; without dropout unless asked."""
+    """A system from a seed, one of `SMALL` where it is there; without dropout unless asked."""
     torch.manual_seed(seed)
     off = {} if dropout else {name: 0.0 for name in cls.Config.model_fields if name.endswith("dropout")}
-    return cls(cls.Config(**{**off, **values}), spec)
+    return cls(cls.Config(**{**SMALL.get(cls.name, {}), **off, **values}), spec)
 
 
 def targets_of(batch: Batch) -> dict[str, Tensor]:

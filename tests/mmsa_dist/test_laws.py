@@ -14,12 +14,11 @@ from mmsa_dist import run_folder
 from mmsa_dist.recipe import Recipe, from_dict
 from shards.index import Index
 from tests.data import packed
+from tests.mmsa_dist.batches import SMALL
 
 SYSTEMS = ("ufen_mtfn", "self_mm")
 """On these, one with a label generator and one without, everything is tried."""
 OTHERS = ("tam_ulag", "iam", "sugrm", "mult", "pmr")
-SMALL = {"mult": {"layers": 1, "width": 20}, "pmr": {"layers": 1, "width": 20}}
-"""Hundreds of small parameters cost ZeRO-3 half a minute."""
 STAGES = (0, 1, 2, 3)
 
 

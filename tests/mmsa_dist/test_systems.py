@@ -21,6 +21,7 @@ from mmsa_dist.systems import System, get_system, system_names
 from mmsa_dist.systems.base import GROUPS
 from shards.batch import Batch
 from tests.mmsa_dist.batches import (
+    SMALL,
     WIDTHS,
     alternatives,
     build,
@@ -163,7 +164,7 @@ def test_every_parameter_learns_and_has_one_group(cls: type[System], modalities:
 def fingerprint(cls: type[System], batch: Batch, **values: Any) -> list[Tensor]:
     """All that a hyper-parameter can change: the parameters' shapes, what is said in training, and the loss."""
     torch.manual_seed(0)
-    system = cls(cls.Config(**values), spec_for())
+    system = cls(cls.Config(**{**SMALL.get(cls.name, {}), **values}), spec_for())
     shapes = [torch.tensor([*parameter.shape, hash(name)]) for name, parameter in system.named_parameters()]
     torch.manual_seed(1)
     prediction = system.train()(batch)
