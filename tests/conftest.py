@@ -1,11 +1,14 @@
 """Fixtures for every test."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test files run at once, and idle threads spin
 
 from tests.ranks import close_pools, run_ranks
 
