@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import record
 from mmsa_dist import run_folder
 from mmsa_dist.recipe import differences, load_recipe, read_recipe
+from mmsa_dist.session import open_index, settled
 
 SPLITS: dict[str, tuple[str, list[str]]] = {
     "official": (
@@ -113,6 +114,7 @@ def results(
 def finished(system: str, recipe: Path, words: list[str], runs: Path) -> Path | None:
     """The newest finished run of exactly this recipe."""
     wanted = load_recipe(system, str(recipe), words)
+    wanted = settled(wanted, open_index(wanted))
     for result in sorted(runs.glob("*/result.json"), reverse=True):
         saved = read_recipe(result.parent / "recipe.yaml") if result.is_file() else None
         if saved is not None and saved.system == system and not different(saved, wanted, result):

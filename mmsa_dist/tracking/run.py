@@ -114,7 +114,7 @@ def finish_run(run_dir: Path, recipe: Recipe) -> "Published | None":
 
 
 def end_run(run_dir: Path, status: str = "FAILED") -> None:
-    """Sets the run's status, FAILED or KILLED, after sending what was spilled. Never raises.
+    """Sets the run's status, FAILED or KILLED, after sending what was spilled or cut off. Never raises.
 
     Without it a run that failed would stand as running for ever.
     """
@@ -124,6 +124,7 @@ def end_run(run_dir: Path, status: str = "FAILED") -> None:
             return
         client = store.connect(link.uri)
         replay(client, link.run_id, run_dir / SPILL)
+        _log_missing_epochs(client, link.run_id, run_dir)
         client.set_terminated(link.run_id, status)
     except Exception as error:  # the error that ended the run matters more than its record
         log.warning("the run's end could not be recorded in MLflow: %s", short(error))
