@@ -10,13 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmsa_dist.config import Strict
-from mmsa_dist.layers.heads import Head, SequenceVector
+from mmsa_dist.layers.heads import SequenceVector
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
 from mmsa_dist.layers.text import text_reader
 from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system
-from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, multi_task_loss, predicted
+from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, multi_task_loss, predicted, regressors
 from shards.batch import Batch
-from shards.utterance import UNIMODAL_TASK
 
 
 class SelfMMConfig(Strict):
@@ -94,10 +93,7 @@ class SelfMM(System):
                 self.add_module(name, SequenceVector(spec.widths[name], hidden, layers, dropout, widths[name]))
         self.pooling = config.text_pooling
         self.subtasks = chosen_subtasks(config.subtasks, spec)
-        heads = {"M": Head(sum(widths.values()), config.post_fusion_dim, config.post_fusion_dropout)}
-        for name in self.subtasks:
-            hidden, dropout = getattr(config, f"post_{name}_dim"), getattr(config, f"post_{name}_dropout")
-            heads[UNIMODAL_TASK[name]] = Head(widths[name], hidden, dropout)
+        heads = regressors(config, sum(widths.values()), widths, self.subtasks)
         self.heads = nn.ModuleDict(heads)
         self._feature_widths = {task: head.first.out_features for task, head in heads.items()}
 

@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators.base import WEIGHING
+from mmsa_dist.layers.heads import Head
 from mmsa_dist.systems.base import DataSpec, Losses, Prediction, weighted_mean
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
@@ -76,6 +78,20 @@ def distance_weighted(
         distance = (targets.get(WEIGHING + task, label) - targets["M"]).abs()
         losses[task] = weighted_mean(distance.tanh() * (answer - label).abs(), batch, takes_part)
     return losses
+
+
+def regressors(config: Strict, fused: int, widths: Mapping[str, int], subtasks: Sequence[str]) -> dict[str, Head]:
+    """Self-MM's heads, keyed by task: M of the fused vector, each modality's task of its own vector.
+
+    Args:
+        config: has ``post_<fusion or modality>_dim`` and ``post_<fusion or modality>_dropout``.
+        fused: width of the fused vector. widths: modality -> that of its vector.
+    """
+
+    def head(width: int, name: str) -> Head:
+        return Head(width, getattr(config, f"post_{name}_dim"), getattr(config, f"post_{name}_dropout"))
+
+    return {"M": head(fused, "fusion")} | {UNIMODAL_TASK[name]: head(widths[name], name) for name in subtasks}
 
 
 def predicted(

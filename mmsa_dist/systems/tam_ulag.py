@@ -12,14 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmsa_dist.config import Strict, switch
-from mmsa_dist.layers.heads import Head, SequenceVector
+from mmsa_dist.layers.heads import SequenceVector
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
 from mmsa_dist.layers.temporal_attention import AttendedVector, TemporalAttention
 from mmsa_dist.layers.text import text_reader
 from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, system
-from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, multi_task_loss, predicted
+from mmsa_dist.systems.subtasks import Modality, chosen_subtasks, multi_task_loss, predicted, regressors
 from shards.batch import Batch
-from shards.utterance import UNIMODAL_TASK
 
 
 class TamUlagConfig(Strict):
@@ -127,10 +126,7 @@ class TamUlag(System):
         self.crosses = config.dimension_fusion
         self.subtasks = chosen_subtasks(config.subtasks, spec)
         fused = sum(widths.values()) * (len(widths) if self.crosses else 1)
-        heads = {"M": Head(fused, config.post_fusion_dim, config.post_fusion_dropout)}
-        for name in self.subtasks:
-            hidden, dropout = getattr(config, f"post_{name}_dim"), getattr(config, f"post_{name}_dropout")
-            heads[UNIMODAL_TASK[name]] = Head(widths[name], hidden, dropout)
+        heads = regressors(config, fused, widths, self.subtasks)
         self.heads = nn.ModuleDict(heads)
         self._feature_widths = {task: head.first.out_features for task, head in heads.items()}
 
