@@ -1,5 +1,8 @@
 """What training waits for data: Self-MM and UFEN-MTFN from their packaged MOSI recipes, engine and loader as in a run.
 
+Self-MM also with a text encoder, as its paper has it: two layers of BERT-base's shape with random weights. Without one
+it is the system that computes least for what it reads.
+
 Three figures a system, at 1 and at 2 ranks, epochs of the two kinds in turn, after one that is not counted:
 
 - waiting: the share of an epoch that a rank spends asking for its next batch, the slowest rank's;
@@ -7,7 +10,9 @@ Three figures a system, at 1 and at 2 ranks, epochs of the two kinds in turn, af
   batches, in memory before the clock starts. What reading costs is CPU; where every core trains already (as many ranks
   as cores), that much longer is the least that an epoch can be.
 
-Each rank trains on one thread and reads with one, the default. Generated data like MOSI, in the page cache.
+As in a run, the split is evaluated before each epoch while the epoch's first batches are read. Where a process's memory
+happens to lie moves its epochs by several percent, so there are several sessions, each of new processes. Each rank
+trains on one thread and reads with one, the default. Generated data like MOSI, in the page cache.
 """
 
 import argparse
@@ -20,21 +25,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, Row, record
 
-EPOCHS = {"self_mm": 9, "ufen_mtfn": 3}
-"""Counted epochs of each kind: a short one is measured more often."""
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: a system, in how many sessions of how many counted epochs of each kind (of short ones more)."""
+
+    system: str
+    sessions: int
+    epochs: int
+    samples: int = 2199
+    encoder: bool = False
+
+
+CASES = {
+    "self_mm": Case("self_mm", 5, 6),
+    "self_mm with a text encoder": Case("self_mm", 1, 2, 600, encoder=True),
+    "ufen_mtfn": Case("ufen_mtfn", 1, 3),
+}
 BOUND = 0.02
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2199, help="generated utterances over all splits")
-    parser.add_argument("--epochs", type=int, help=f"counted epochs of each kind, after one that is not: {EPOCHS}")
-    parser.add_argument("--systems", nargs="+", default=list(EPOCHS), choices=EPOCHS)
+    parser.add_argument("--epochs", type=int, help="counted epochs of each kind, after one that is not")
+    parser.add_argument("--sessions", type=int, help="each of new processes")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -46,13 +67,22 @@ def main() -> None:
     raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="mmsa-stall-") as name:
         folder = Path(name)
-        data = pack(folder / "data", options.samples)
-        for system, world in itertools.product(options.systems, options.ranks):
-            told = trained(system, data, folder, world, (options.epochs or EPOCHS[system]) + 1)
-            raw[f"{system}, {world} ranks"] = told
-            rows += figures(system, world, told)
-    for row in rows:
-        print(f"{row.what}: {row.value:.2f} {row.unit} ({row.how})")
+        encoder = shape(folder / "encoder")
+        for name, world in itertools.product(options.cases, options.ranks):
+            case = CASES[name]
+            words = ["--data", str(pack(folder / f"data-{case.samples}", case.samples))]
+            words += (
+                ["--text.encoder", str(encoder), "--text.input", "tokens", "--text.no-pretrained"]
+                if case.encoder
+                else []
+            )
+            epochs = (options.epochs or case.epochs) + 1
+            sessions = [folder / f"{name}-{world}-{session}" for session in range(options.sessions or case.sessions)]
+            told = [trained(case.system, words, session, world, epochs) for session in sessions]
+            raw[f"{name}, {world} ranks"] = told
+            rows += figures(name, world, told)
+            for row in rows[-3:]:
+                print(f"{row.what}: {row.value:.2f} {row.unit} ({row.how})", flush=True)
     if not options.no_record:
         record("stall", rows, raw)
 
@@ -61,19 +91,26 @@ def pack(folder: Path, samples: int) -> Path:
     from shards.sources.generated import GeneratedSource
     from shards.write import pack as write
 
-    write(GeneratedSource("mosi", samples), folder)
+    if not folder.exists():
+        write(GeneratedSource("mosi", samples), folder)
     return folder
 
 
-def trained(system: str, data: Path, folder: Path, world: int, epochs: int) -> list[dict[str, list[float]]]:
+def shape(folder: Path) -> Path:
+    from transformers import BertConfig
+
+    BertConfig(num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+def trained(system: str, words: list[str], run: Path, world: int, epochs: int) -> list[dict[str, list[float]]]:
     """What each rank measured."""
     from mmsa_dist.launch import RANK_ENVIRONMENT
 
-    run = folder / f"{system}-{world}"
     run.mkdir()
     processes = []
     for rank in range(world):
-        told = {"system": system, "data": str(data), "run": str(run), "rank": rank, "world": world, "epochs": epochs}
+        told = {"system": system, "words": words, "run": str(run), "rank": rank, "world": world, "epochs": epochs}
         told["launcher"] = os.getpid()
         (run / f"rank-{rank}.json").write_text(json.dumps(told))
         environment = {
@@ -101,6 +138,7 @@ def rank_main(told: dict[str, Any]) -> None:
     """One rank."""
     import torch.distributed as dist
 
+    from mmsa_dist.evaluation import evaluate
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session
     from mmsa_dist.worker import end_with, join_group, share_cores
@@ -108,7 +146,7 @@ def rank_main(told: dict[str, Any]) -> None:
     end_with(told["launcher"])
     share_cores(1)
     rank, world, run = told["rank"], told["world"], Path(told["run"])
-    words = ["--data", told["data"], "--tracking.no-enabled", "--epochs", str(told["epochs"])]
+    words = [*told["words"], "--tracking.no-enabled", "--epochs", str(told["epochs"])]
     recipe = load_recipe(told["system"], None, [*words, "--workers", str(world)])
     join_group(rank, world, recipe.launch.timeout)
     session = open_session(recipe, run, rank, world)
@@ -123,6 +161,7 @@ def rank_main(told: dict[str, Any]) -> None:
             source: Iterable[Any] = resident
             if kind == "loaded":
                 source = session.loader.train(plan, rank, world, recipe.optim.accumulation)
+            evaluate(session, "valid")
             dist.barrier()
             waited, seconds, cpu = one_epoch(session, epoch, source)
             found[kind].append(seconds)
@@ -151,21 +190,25 @@ def one_epoch(session: Any, epoch: int, source: Iterable[Any]) -> tuple[float, f
     return waited, time.perf_counter() - began, time.process_time() - cpu
 
 
-def figures(system: str, world: int, ranks: list[dict[str, list[float]]]) -> list[Row]:
-    """The shares of an epoch, of the rank that waits longest."""
-    counted = [{name: values[1:] for name, values in rank.items()} for rank in ranks]
-    waiting = max(
-        statistics.median(w / e for w, e in zip(rank["waiting"], rank["loaded"], strict=True)) for rank in counted
+def figures(name: str, world: int, sessions: list[list[dict[str, list[float]]]]) -> list[Row]:
+    """The shares of an epoch, of the rank that waits longest: medians over a session's epochs, then over sessions."""
+    counted = [[{name: values[1:] for name, values in rank.items()} for rank in ranks] for ranks in sessions]
+    waiting = statistics.median(
+        max(statistics.median(w / e for w, e in zip(rank["waiting"], rank["loaded"], strict=True)) for rank in ranks)
+        for ranks in counted
     )
 
     def longer(suffix: str = "") -> float:
-        kinds = [(rank[f"resident{suffix}"], rank[f"loaded{suffix}"]) for rank in counted]
-        return max(statistics.median(1 - r / e for r, e in zip(*pair, strict=True)) for pair in kinds)
+        pairs = [[(rank[f"resident{suffix}"], rank[f"loaded{suffix}"]) for rank in ranks] for ranks in counted]
+        return statistics.median(
+            max(statistics.median(1 - r / e for r, e in zip(*pair, strict=True)) for pair in ranks) for ranks in pairs
+        )
 
-    steps, epochs = int(ranks[0]["steps"][0]), len(counted[0]["loaded"])
-    step = 1000 * statistics.median(counted[0]["loaded"]) / steps
-    at = f"{system} at {world} rank{'s' if world > 1 else ''}"
-    how = f"median of {epochs} epochs after 1; {steps} steps of {step:,.0f} ms"
+    steps, epochs = int(sessions[0][0]["steps"][0]), len(counted[0][0]["loaded"])
+    step = 1000 * statistics.median(second for ranks in counted for second in ranks[0]["loaded"]) / steps
+    at = f"{name} at {world} rank{'s' if world > 1 else ''}"
+    often = f"{len(counted)} session{'s' if len(counted) > 1 else ''}"
+    how = f"median of {often} of {epochs} epochs after 1; {steps} steps of {step:,.0f} ms"
     wanted = f"< {BOUND:.0%}"
     return [
         Row(f"{at}: waiting for data", 100 * waiting, "%", wanted, how, waiting < BOUND),

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.run_folder import Events
 from mmsa_dist.session import Session, left_out
 from mmsa_dist.tracking import Tracker
+from shards.batch import Batch
+from shards.plan import Plan
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -46,9 +48,8 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
     state = Progress(**session.progress)
     began = time.monotonic()
 
+    plan, steps = read_epoch(session, state.epoch, state.step_in_epoch)
     while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
-        plan = session.plan(state.epoch)
-        steps = session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, state.step_in_epoch)
         for batches in steps:
             seed_step(recipe.seed, engine.steps, session.rank)
             batches = [batch.to(engine.device) for batch in batches]
@@ -64,6 +65,8 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
             ):
                 save(session, state)
         generator.end_epoch()
+        num_steps = plan.num_steps
+        plan, steps = read_epoch(session, state.epoch + 1)  # while this one is evaluated
         valid = evaluate(session, "valid").metrics
         value = valid[recipe.train.monitor]
         if metrics.is_better(recipe.train.monitor, value, state.best_value):
@@ -71,7 +74,7 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         else:
             state.stale += 1
         summary = {
-            "epoch": state.epoch, "step": engine.steps, "train_loss": state.loss_sum / plan.num_steps,
+            "epoch": state.epoch, "step": engine.steps, "train_loss": state.loss_sum / num_steps,
             "parts": done.parts, "grad_norm": done.grad_norm, "lr": done.lr, "valid": valid,
             "best_epoch": state.best_epoch, "seconds": time.monotonic() - began,
         }  # fmt: skip
@@ -80,7 +83,17 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
         save(session, state)
         report(flat(summary))
+    steps.close()
     return finish(session, state, events)
+
+
+def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Generator[list[Batch]]]:
+    """The plan of an epoch, and its batches, which are being read from now on; none after the last epoch."""
+    plan, recipe = session.plan(epoch), session.recipe
+    if epoch > recipe.train.epochs:
+        none: tuple[list[Batch], ...] = ()
+        return plan, (batches for batches in none)
+    return plan, session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, start_step)
 
 
 def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:

@@ -23,7 +23,8 @@ TextIds = Callable[[list[Utterance]], list[np.ndarray]]
 """B utterances -> B arrays of (T,) integer token ids."""
 
 _SERIAL = 32768 - 1
-"""Elements that torch copies in the calling thread (at::internal::GRAIN_SIZE is the first size that it does not)."""
+"""Elements that torch copies in the calling thread (at::internal::GRAIN_SIZE is the first size that it does not). Where
+it has a pool of threads, each reader would start one of its own for more."""
 
 
 @dataclass(frozen=True)
@@ -228,36 +229,36 @@ def pad(
     """
     lengths = [0 if a is None else len(a) for a in arrays]
     longest = max(1, *lengths) if lengths else 1
-    shape = (len(arrays), longest) if width is None else (len(arrays), longest, width)
-    serial = torch.get_num_threads() == 1
-    # not zeros: recycled memory would be zeroed whole, of which most is written again
-    out = np.empty(shape, dtype=np.int64 if width is None else np.float32)
-    for row, array, length in zip(out, arrays, lengths, strict=True):
-        row[length:] = 0
-        if array is None or not length:
-            continue
-        if array.dtype == np.float16 and array.flags.writeable:
-            _convert(torch.from_numpy(array), torch.from_numpy(row[:length]), serial)
-        else:
-            row[:length] = array
-        if standard is not None:
-            torch.from_numpy(row[:length]).sub_(standard.mean).mul_(standard.scale)
+    rest = () if width is None else (width,)
+    dtype = np.int64 if width is None else np.float32
+    # from NumPy, which asks for huge pages; and not zeros: memory would be zeroed of which most is written again
+    out = torch.from_numpy(np.empty((len(arrays) * longest, *rest), dtype))
+    nothing = torch.empty((0, *rest))
+    # few calls for all samples, none of which holds the interpreter: a reader must not hold up the training thread
+    places = out.split_with_sizes([size for n in lengths for size in (n, longest - n)])
+    real, padding = list(places[0::2]), list(places[1::2])
+    sources = [nothing if a is None or not len(a) else _tensor(a) for a in arrays]
+    if torch.get_num_threads() > 1:
+        steps = max(1, _SERIAL // (width or 1))
+        real, padding, sources = (
+            [part for t in tensors for part in t.split(steps)] for tensors in (real, padding, sources)
+        )
+    if real:
+        torch._foreach_copy_(real, sources)
+        torch._foreach_zero_(padding)
+    if standard is not None:
+        for place in real:
+            place.sub_(standard.mean).mul_(standard.scale)
     return (
-        torch.from_numpy(out),
+        out.view(len(arrays), longest, *rest),
         torch.tensor([max(1, n) for n in lengths], dtype=torch.int64),
         torch.tensor([n > 0 for n in lengths], dtype=torch.bool),
     )
 
 
-def _convert(halves: Tensor, out: Tensor, serial: bool) -> None:
-    """Copies float16 to float32, (T, D): the one copy on the way of a sample. NumPy takes six times as long.
-
-    Unless torch works `serial` anyway, in pieces below the size at which it would start its pool of threads, from each
-    reader thread.
-    """
-    if serial or halves.numel() <= _SERIAL:
-        out.copy_(halves)
-        return
-    steps = max(1, _SERIAL // halves.shape[1])
-    for begin in range(0, len(halves), steps):
-        out[begin : begin + steps].copy_(halves[begin : begin + steps])
+def _tensor(array: np.ndarray) -> Tensor:
+    """The array's memory as a tensor, if that can be: torch takes no array that it could not write to, or stepped over
+    backwards."""
+    if not (array.flags.carray and array.dtype.isnative):
+        array = np.array(array, dtype=array.dtype.newbyteorder("="))
+    return torch.from_numpy(array)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from itertools import islice
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -47,16 +47,31 @@ class Loader(Closing):
 
     def train(
         self, plan: Plan, rank: int, world: int, accumulation: int = 1, start_step: int = 0
-    ) -> Iterator[list[Batch]]:
+    ) -> Generator[list[Batch]]:
         """The rank's micro-batches of each step of an epoch, from `start_step` on.
+
+        Reading begins with this call, not with the first batch that is asked for, so that an epoch's first batches can
+        be read while the one before is evaluated. Close what is not used up.
 
         Raises:
             DataError: when the batch that cannot be read is due.
         """
+        steps = self._steps(plan, rank, world, accumulation, start_step)
+        next(steps)
+        return steps
+
+    def _steps(self, plan: Plan, rank: int, world: int, accumulation: int, start_step: int) -> Generator[list[Batch]]:
+        """`train`, after a first item that is none: by then reading has begun."""
         steps = range(start_step, plan.num_steps)
-        pieces = (piece for s in steps for piece in share(plan.step(s), rank, world, accumulation))
+        turns = ((step, turn) for step in steps for turn in range(accumulation))
+
+        def batch(at: tuple[int, int]) -> Batch:  # the step's numbers too are computed ahead, by a reader
+            step, turn = at
+            return self._batch(share(plan.step(step), rank, world, accumulation)[turn])
+
         begin = start_step * plan.global_batch
-        with self._looking_ahead(plan.order, begin) as reach, closing(self._batches(pieces)) as batches:
+        with self._looking_ahead(plan.order, begin) as reach, closing(self._made(batch, turns)) as batches:
+            yield []
             for step in steps:
                 reach((step + 1) * plan.global_batch)
                 yield list(islice(batches, accumulation))
@@ -65,7 +80,7 @@ class Loader(Closing):
         """The rank's batches of an evaluation; see `EvaluationPlan.batches_for`."""
         with (
             self._looking_ahead(InOrder(plan.first, plan.count), 0) as reach,
-            closing(self._batches(plan.batches_for(rank, world))) as batches,
+            closing(self._made(self._batch, plan.batches_for(rank, world))) as batches,
         ):
             for turn, batch in enumerate(batches, 1):
                 reach(turn * world * plan.batch)
@@ -80,10 +95,12 @@ class Loader(Closing):
         index = self._reader.index
         return looking_ahead(index, order, begin, depth=max(1, self._reader.open_shards // 2))
 
-    def _batches(self, pieces: Iterable[Piece]) -> Generator[Batch]:
+    def _made(self, make: Callable[[_Item], Batch], items: Iterable[_Item]) -> Generator[Batch]:
         if self._pool is None:
-            return (self._batch(piece) for piece in pieces)
-        return _ahead(self._pool, self._batch, pieces, 2 * self._readers)
+            return (make(item) for item in items)
+        made = _ahead(self._pool, make, items, 2 * self._readers)
+        next(made)
+        return made
 
     def _batch(self, piece: Piece) -> Batch:
         samples = self._reader.samples(piece.numbers, with_text=self._with_text)
@@ -101,11 +118,15 @@ class Loader(Closing):
 
 def _ahead(
     pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Iterable[_Item], depth: int
-) -> Generator[_Result]:
-    """``map(work, items)`` with at most `depth` results prepared ahead by the pool; an exception comes at its place."""
+) -> Generator[Any]:
+    """``map(work, items)`` with at most `depth` results prepared ahead by the pool; an exception comes at its place.
+
+    Before the first result comes None, and by then the pool is at work.
+    """
     remaining = iter(items)
     pending: deque[Future[_Result]] = deque(pool.submit(work, item) for item in islice(remaining, depth))
     try:
+        yield None
         while pending:
             result = pending.popleft().result()
             pending.extend(pool.submit(work, item) for item in islice(remaining, 1))

@@ -87,7 +87,7 @@ class Plan(Computed):
 
     @cached_property
     def _pool(self) -> Callable[[int], Numbers]:
-        return lru_cache(maxsize=1)(self._sorted)
+        return lru_cache(maxsize=2)(self._sorted)  # two: readers may stand in different pools
 
     def _sorted(self, pool: int) -> Numbers:
         """The numbers of the samples of one pool, in the order of the epoch.

@@ -26,13 +26,12 @@ from shards.errors import DataError, TransientError
 from shards.foreign.arrays import DTYPES, FLOATS, INTEGERS
 from shards.foreign.fields import field_of
 from shards.index import Index
-from shards.tar import TENSORS, escape_key
+from shards.tar import CODES, TENSORS, Header, escape_key
 from shards.utterance import Utterance
 
-_FLOATS: dict[str, tuple[str, np.dtype[Any]]] = {
-    "float16": ("F16", np.dtype("<f2")),
-    "float32": ("F32", np.dtype("<f4")),
-}
+_KEPT = 8192
+"""Samples of a data set whose descriptions a reader keeps: a kilobyte each, and the interpreter's time to make them
+anew in each epoch, which training would wait for. Of a larger one they would be many and seldom met again."""
 _MAX_HEADER = 1 << 14  # bytes; four tensors need about 300
 _MAX_JSON = 1 << 24
 _NAME = 100
@@ -116,16 +115,35 @@ class _Shard:
         self._labels = {task: rows[f"label_{task}"] for task in index.tasks}
         self._describe(rows, size)
         self._data = self._mapped(size)
+        self._kept = index.num_samples <= _KEPT
+        self._known: tuple[dict[int, Utterance], dict[int, Utterance]] = ({}, {})
 
     def _describe(self, rows: dict[str, list[Any]], size: int) -> None:
         """What is known of the tensors."""
         self._payloads = self._ranges(rows["offset"], rows["size"], size)
-        floats = _FLOATS[self._index.dtype]
+        floats = np.dtype(self._index.dtype)
         held = self._index.modalities.items()
-        self._tensors = [_Tensors(m, rows[f"length_{m}"], (d.width,), *floats) for m, d in held]
-        self._tensors.append(_Tensors("tokens", rows["n_tokens"], (), "I32", np.dtype("<i4")))
+        self._tensors = [_Tensors.of(m, rows[f"length_{m}"], (d.width,), floats) for m, d in held]
+        self._tensors.append(_Tensors.of("tokens", rows["n_tokens"], (), np.dtype(np.int32)))
+        self._headers: dict[tuple[str, ...], Header] = {}
+        self._header = self._header_of(self._tensors)
+        self._stored = sorted(self._tensors, key=lambda t: self._header.names.index(t.name))
+        lengths = np.array([t.steps for t in self._stored], dtype=np.int64).T
+        if (wrong := (lengths < 0).any(axis=1)).any():
+            row = int(wrong.argmax())
+            raise self._wrong(row, f"{lengths[row].tolist()} steps in the table", "none below zero")
+        self._places = self._header.numbers(lengths)
 
     def sample(self, row: int, with_text: bool) -> Utterance:
+        """The sample in this row of the table; that of a small data set is described once, as long as this is open."""
+        if not self._kept:
+            return self._sample(row, with_text)
+        known = self._known[with_text]
+        if row not in known:
+            known[row] = self._sample(row, with_text)
+        return known[row]
+
+    def _sample(self, row: int, with_text: bool) -> Utterance:
         arrays = self._arrays(row)
         tokens = arrays.pop("tokens", None)
         labels = ((task, values[row]) for task, values in self._labels.items())
@@ -162,7 +180,36 @@ class _Shard:
 
     def _arrays(self, row: int) -> dict[str, NDArray[Any]]:
         """Views of the sample's tensors, by name: exactly those that table and index announce."""
-        begin, header = self._header(row)
+        begin, end = self._payloads[row]
+        # labels stand in the table, features in the tar: that they are the same sample's is worth a comparison
+        member = self._data[begin - BLOCKSIZE : begin - BLOCKSIZE + _NAME].rstrip(b"\0")
+        own = (escape_key(self._keys[row]) + TENSORS).encode()[:_NAME]
+        if member != own:
+            raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
+        tensors, header, numbers = self._stored, self._header, self._places[row].tolist()
+        if 0 in numbers[::3]:
+            tensors = [t for t in self._stored if t.steps[row]]
+            header = self._header_of(tensors)
+            numbers = [n for at in range(0, len(numbers), 3) if numbers[at] for n in numbers[at : at + 3]]
+        text = header.filled(numbers)
+        first, data = begin + len(text), self._data
+        if data[begin:first] != text or first + (numbers[-1] if numbers else 0) != end:
+            return self._arrays_as_told(row)
+        return {
+            t.name: np.ndarray((length, *t.width), t.dtype, data, first + offset)
+            for t, length, offset in zip(tensors, numbers[::3], numbers[1::3], strict=True)
+        }
+
+    def _header_of(self, tensors: list["_Tensors"]) -> Header:
+        """The header as our packer writes it where a sample has these tensors."""
+        names = tuple(t.name for t in tensors)
+        if names not in self._headers:
+            self._headers[names] = Header.of({t.name: (t.code, t.width) for t in tensors})
+        return self._headers[names]
+
+    def _arrays_as_told(self, row: int) -> dict[str, NDArray[Any]]:
+        """`_arrays` where the header is not the one that our packer writes: it is parsed, and every bound checked."""
+        begin, header = self._told(row)
         end = self._payloads[row][1]
         arrays: dict[str, NDArray[Any]] = {}
         for tensors in self._tensors:
@@ -179,7 +226,7 @@ class _Shard:
             if dtype != tensors.code or shape != [steps, *tensors.width]:
                 expected = f"{tensors.code} of shape {[steps, *tensors.width]}"
                 raise self._wrong(row, f"{tensors.name} is {dtype} of shape {shape}", expected)
-            size = math.prod(tensors.width) * steps * tensors.dtype.itemsize
+            size = steps * tensors.step
             if type(first) is not int or first < 0 or last != first + size or begin + last > end:
                 expected = f"{size} bytes within {end - begin}"
                 raise self._wrong(row, f"{tensors.name} is in bytes {first} to {last}", expected)
@@ -189,18 +236,13 @@ class _Shard:
             raise self._wrong(row, f"it has tensors called {', '.join(map(repr, header))}", expected)
         return arrays
 
-    def _header(self, row: int) -> tuple[int, dict[str, Any]]:
+    def _told(self, row: int) -> tuple[int, dict[str, Any]]:
         """Where the sample's numbers begin in the file, and the header: name -> dtype, shape, data_offsets.
 
         The format of safetensors: 8 bytes with the header's length (little-endian), the header (JSON), the numbers;
         https://github.com/huggingface/safetensors.
         """
         begin, end = self._payloads[row]
-        # labels stand in the table, features in the tar: that they are the same sample's is worth a comparison
-        member = self._data[begin - BLOCKSIZE : begin - BLOCKSIZE + _NAME].rstrip(b"\0")
-        own = (escape_key(self._keys[row]) + TENSORS).encode()[:_NAME]
-        if member != own:
-            raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
         length = int.from_bytes(self._data[begin : begin + 8], "little")
         limit = min(_MAX_HEADER, end - begin - 8)
         if length > limit:
@@ -304,6 +346,7 @@ class _Tensors:
         steps: T of each sample, 0 where it lacks the tensor.
         width: the shape after T: (D,), or () for token ids.
         code, dtype: the type of its numbers, as safetensors and as NumPy call it.
+        step: bytes of one step.
     """
 
     name: str
@@ -311,6 +354,11 @@ class _Tensors:
     width: tuple[int, ...]
     code: str
     dtype: np.dtype[Any]
+    step: int
+
+    @classmethod
+    def of(cls, name: str, steps: list[int], width: tuple[int, ...], dtype: np.dtype[Any]) -> Self:
+        return cls(name, steps, width, CODES[dtype], dtype, math.prod(width) * dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ two packings (times, owners, modes) is fixed, so the same samples give the same 
 
 import hashlib
 import json
+import math
 import os
+import re
 import socket
 import tarfile
 from contextlib import suppress
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import quote, unquote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.files import sync_folder
@@ -26,6 +29,9 @@ from shards.utterance import MODALITIES, Utterance
 JSON, TENSORS = ".json", ".safetensors"
 """Suffixes of a sample's members, in their order."""
 
+_PLAIN = re.compile(r"[A-Za-z0-9_$-]+")
+"""A key that is its own member name."""
+
 
 def escape_key(key: str) -> str:
     """A key as a member name: WebDataset cuts at the first dot and reads a slash as a folder, so both are escaped.
@@ -33,6 +39,8 @@ def escape_key(key: str) -> str:
     Raises:
         DataError: the key is empty or no valid unicode.
     """
+    if _PLAIN.fullmatch(key):
+        return key
     try:
         escaped = quote(key, safe="$").replace(".", "%2E").replace("~", "%7E")
     except UnicodeEncodeError as error:
@@ -166,23 +174,55 @@ def safetensors(arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
     Returns:
         Pieces to be joined.
     """
-    entries, data, offset = [], [], 0
-    for name in sorted(arrays, key=lambda name: (-arrays[name].itemsize, _DTYPES[arrays[name].dtype], name)):
-        array = np.ascontiguousarray(arrays[name])
-        end = offset + array.nbytes
-        shape = ",".join(map(str, array.shape))
-        entries.append(
-            f'"{name}":{{"dtype":"{_DTYPES[array.dtype]}","shape":[{shape}],"data_offsets":[{offset},{end}]}}'
-        )
-        data.append(array.reshape(-1).view(np.uint8).data)
-        offset = end
-    text = f"{{{','.join(entries)}}}".encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *data]
+    header = Header.of({name: (CODES[array.dtype], array.shape[1:]) for name, array in arrays.items()})
+    ordered = [np.ascontiguousarray(arrays[name]) for name in header.names]
+    numbers = header.numbers(np.array([len(array) for array in ordered]))
+    return [header.filled(numbers.tolist()), *(array.reshape(-1).view(np.uint8).data for array in ordered)]
 
 
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16"}
-"""What we store. In the format the best aligned come first, of equals float before int."""
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What precedes the numbers of certain tensors: their names and types are fixed, their first dimensions are not.
+
+    Attributes:
+        names: of the tensors as they follow one another: wide types first, of equals by type, then by name.
+        steps: bytes of one step of each.
+        pattern: of the JSON, with three numbers left open for each: T, first byte, last byte.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[int, ...]
+    pattern: str
+
+    @classmethod
+    def of(cls, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Self:
+        """For tensors name -> type as in `CODES`, shape after T."""
+        names = tuple(sorted(tensors, key=lambda name: (-_SIZES[tensors[name][0]], tensors[name][0], name)))
+        entries, steps = [], []
+        for name in names:
+            code, width = tensors[name]
+            shape = ",".join(["%d", *map(str, width)])
+            entries.append(f'"{name}":{{"dtype":"{code}","shape":[{shape}],"data_offsets":[%d,%d]}}')
+            steps.append(math.prod(width) * _SIZES[code])
+        return cls(names, tuple(steps), f"{{{','.join(entries)}}}")
+
+    def numbers(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What fills the pattern, (..., 3 K), for K tensors of these T, (..., K)."""
+        sizes = lengths * np.array(self.steps, dtype=np.int64)
+        ends = np.cumsum(sizes, axis=-1)
+        return np.stack([lengths, ends - sizes, ends], axis=-1).reshape(*lengths.shape[:-1], -1)
+
+    def filled(self, numbers: list[int]) -> bytes:
+        """The header with these numbers."""
+        text = (self.pattern % tuple(numbers)).encode("ascii")
+        size = -(-len(text) // 8) * 8
+        return size.to_bytes(8, "little") + text.ljust(size)
+
+
+CODES: dict[np.dtype[Any], str] = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16"}
+"""What we store, as safetensors calls it."""
+
+_SIZES = {code: dtype.itemsize for dtype, code in CODES.items()}
 
 _JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 

@@ -1,6 +1,7 @@
 """Law 4 as far as data goes: padding is nothing. And what a batch is made of."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,31 @@ def test_values_are_the_samples_own(given: list[Utterance], writeable: bool) -> 
             np.testing.assert_array_equal(batch.values[name][row, : len(array)].numpy(), array)
 
 
-def test_float16_specials_and_long_samples_convert_exactly() -> None:
-    """Copied in pieces, below the size at which torch would start threads: no piece is lost."""
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_any_memory_layout_and_kind_of_number(threads: int) -> None:
+    """Turned round, every other one, of the other byte order, wider than wanted: as NumPy reads them."""
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=(8, 5)).astype(np.float32)
+    odd = [plain[::-1], plain[::2], np.asfortranarray(plain), plain.astype(">f4"), plain.astype(np.float64), plain[:0]]
+    values, lengths, present = pad([*odd, None], 5)
+    for row, array in zip(values, odd, strict=False):
+        np.testing.assert_array_equal(row[: len(array)].numpy(), array.astype(np.float32))
+        assert not row[len(array) :].any()
+    assert lengths.tolist() == [8, 4, 8, 8, 8, 1, 1] and present.tolist() == [True] * 5 + [False] * 2
+    ids, *_ = pad([np.array([3, 4], ">i4"), np.arange(6, dtype=np.uint8)[::2]], None)
+    assert ids.tolist() == [[3, 4, 0], [0, 2, 4]]
+    assert [len(part) for part in pad([], 5)] == [0, 0, 0]
+
+
+def test_float16_specials_and_long_samples_convert_exactly(threads: int) -> None:
+    """With threads copied in pieces, below the size at which torch would start some: no piece is lost."""
     every = np.arange(65536, dtype=np.uint16).view(np.float16)
     every = every[np.isfinite(every)]
     array = np.resize(every, (1300, 74))
@@ -85,7 +109,7 @@ def test_float16_specials_and_long_samples_convert_exactly() -> None:
     np.testing.assert_array_equal(pad([wide], 40000)[0][0].numpy(), wide.astype(np.float32))
 
 
-def test_standardised_by_hand() -> None:
+def test_standardised_by_hand(threads: int) -> None:
     standard = Standard.of({"mean": [1.0, -2.0, 5.0], "std": [2.0, 0.5, 0.0]})
     values, _, _ = pad([np.array([[3.0, -1.0, 5.0]], np.float16), None, np.zeros((2, 3), np.float32)], 3, standard)
     assert values[0].tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]

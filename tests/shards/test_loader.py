@@ -214,11 +214,36 @@ def test_threads_are_bounded_persist_over_epochs_and_end_on_close(index: Index, 
     loader.close()
 
 
+@pytest.mark.parametrize("readers", [0, 2])
+def test_reading_begins_before_a_batch_is_asked_for(index: Index, readers: int) -> None:
+    """So an epoch's first batches are read while the one before is evaluated, and its samples are chosen meanwhile."""
+    plan = training_plan(index, "train", 0, 0, 4)
+    by: set[str] = set()
+
+    class Telling(ShardReader):
+        def samples(self, numbers: "np.ndarray", with_text: bool = False) -> list[Utterance]:  # type: ignore[override]
+            by.add(threading.current_thread().name)
+            return super().samples(numbers, with_text)
+
+    with Loader(Telling(index), BatchSpec.of(index), readers) as loader:
+        ahead = loader.train(plan, 0, 1)
+        deadline = time.monotonic() + 10
+        while readers and not by and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert bool(by) == bool(readers)
+        assert len(list(loader.evaluate(evaluation_plan(index, "valid", 4), 0, 1)))  # meanwhile
+        assert [b.numbers.tolist() for (b,) in ahead] == [plan.step(s).tolist() for s in range(plan.num_steps)]
+        unused = loader.train(plan, 0, 1)
+        unused.close()
+        assert next(unused, None) is None
+    assert all(name.startswith("mmsa-reader" if readers else "MainThread") for name in by)
+
+
 def test_an_iterator_left_in_the_middle_leaves_no_work(index: Index) -> None:
     loader = make_loader(index, 2)
     batches = loader.train(training_plan(index, "train", 0, 0, 3), 0, 1)
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     began = time.monotonic()
     loader.close()
     assert time.monotonic() - began < 5 and reader_threads() == []

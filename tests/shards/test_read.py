@@ -49,6 +49,19 @@ def assert_same(found: Utterance, expected: Utterance) -> None:
     assert found.labels == {task: float(np.float32(label)) for task, label in expected.labels.items()}
 
 
+def test_a_small_set_is_described_once_and_a_large_one_anew(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way the same; with and without its transcript a sample is another."""
+    with ShardReader(index, open_shards=len(index.shards)) as reader:
+        kept = [reader.samples(range(index.num_samples), with_text) for with_text in (False, True)]
+        assert reader.sample(3) is kept[0][3] and reader.sample(3, with_text=True) is kept[1][3]
+    assert kept[0][3].raw_text is None and kept[1][3].raw_text
+    monkeypatch.setattr("shards.read._KEPT", index.num_samples - 1)
+    with ShardReader(index, open_shards=len(index.shards)) as reader:
+        assert reader.sample(3) is not reader.sample(3)
+        for number, sample in enumerate(kept[1]):
+            assert_same(reader.sample(number, with_text=True), sample)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_sample_as_it_was_packed(tmp_path: Path, given_samples: list[Utterance], dtype: str) -> None:
     index = packed(tmp_path / "made", given_samples, dtype=dtype)
@@ -232,6 +245,7 @@ def swap(rows: dict[str, list[Any]]) -> None:
         (set_("offset", 0, 1024), "belongs to member"),
         (swap, "belongs to member"),
         (set_("key", 0, "another"), "belongs to member"),
+        (set_("length_text", 0, -4), r"-4.* steps in the table, expected none below zero"),
     ],
 )
 def test_a_table_that_disagrees_with_its_shard(index: Index, change: Any, message: str) -> None:
