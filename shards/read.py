@@ -125,14 +125,15 @@ class _Shard:
         held = self._index.modalities.items()
         self._tensors = [_Tensors.of(m, rows[f"length_{m}"], (d.width,), floats) for m, d in held]
         self._tensors.append(_Tensors.of("tokens", rows["n_tokens"], (), np.dtype(np.int32)))
-        self._headers: dict[tuple[str, ...], Header] = {}
-        self._header = self._header_of(self._tensors)
+        self._header = Header.of((t.name, t.code, t.width) for t in self._tensors)
         self._stored = sorted(self._tensors, key=lambda t: self._header.names.index(t.name))
         lengths = np.array([t.steps for t in self._stored], dtype=np.int64).T
         if (wrong := (lengths < 0).any(axis=1)).any():
             row = int(wrong.argmax())
             raise self._wrong(row, f"{lengths[row].tolist()} steps in the table", "none below zero")
-        self._places = self._header.numbers(lengths)
+        ends = np.cumsum(lengths * [t.step for t in self._stored], axis=1)
+        # what a header of ours says of each tensor: its steps, its first byte, its last
+        self._places = np.stack([lengths, ends - lengths * [t.step for t in self._stored], ends], axis=2)
 
     def sample(self, row: int, with_text: bool) -> Utterance:
         """The sample in this row of the table; that of a small data set is described once, as long as this is open."""
@@ -186,10 +187,10 @@ class _Shard:
         own = (escape_key(self._keys[row]) + TENSORS).encode()[:_NAME]
         if member != own:
             raise self._wrong(row, f"its data belongs to member {member!r}", repr(own))
-        tensors, header, numbers = self._stored, self._header, self._places[row].tolist()
+        tensors, header, numbers = self._stored, self._header, self._places[row].ravel().tolist()
         if 0 in numbers[::3]:
             tensors = [t for t in self._stored if t.steps[row]]
-            header = self._header_of(tensors)
+            header = Header.of((t.name, t.code, t.width) for t in tensors)
             numbers = [n for at in range(0, len(numbers), 3) if numbers[at] for n in numbers[at : at + 3]]
         text = header.filled(numbers)
         first, data = begin + len(text), self._data
@@ -199,13 +200,6 @@ class _Shard:
             t.name: np.ndarray((length, *t.width), t.dtype, data, first + offset)
             for t, length, offset in zip(tensors, numbers[::3], numbers[1::3], strict=True)
         }
-
-    def _header_of(self, tensors: list["_Tensors"]) -> Header:
-        """The header as our packer writes it where a sample has these tensors."""
-        names = tuple(t.name for t in tensors)
-        if names not in self._headers:
-            self._headers[names] = Header.of({t.name: (t.code, t.width) for t in tensors})
-        return self._headers[names]
 
     def _arrays_as_told(self, row: int) -> dict[str, NDArray[Any]]:
         """`_arrays` where the header is not the one that our packer writes: it is parsed, and every bound checked."""

@@ -6,19 +6,19 @@ two packings (times, owners, modes) is fixed, so the same samples give the same 
 
 import hashlib
 import json
-import math
 import os
 import re
 import socket
 import tarfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from urllib.parse import quote, unquote
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.files import sync_folder
@@ -174,10 +174,15 @@ def safetensors(arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
     Returns:
         Pieces to be joined.
     """
-    header = Header.of({name: (CODES[array.dtype], array.shape[1:]) for name, array in arrays.items()})
+    header = Header.of((name, CODES[array.dtype], array.shape[1:]) for name, array in arrays.items())
     ordered = [np.ascontiguousarray(arrays[name]) for name in header.names]
-    numbers = header.numbers(np.array([len(array) for array in ordered]))
-    return [header.filled(numbers.tolist()), *(array.reshape(-1).view(np.uint8).data for array in ordered)]
+    numbers: list[int] = []
+    begin = 0
+    for array in ordered:
+        end = begin + array.nbytes
+        numbers += (len(array), begin, end)
+        begin = end
+    return [header.filled(numbers), *(array.reshape(-1).view(np.uint8).data for array in ordered)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,34 +191,29 @@ class Header:
 
     Attributes:
         names: of the tensors as they follow one another: wide types first, of equals by type, then by name.
-        steps: bytes of one step of each.
         pattern: of the JSON, with three numbers left open for each: T, first byte, last byte.
     """
 
     names: tuple[str, ...]
-    steps: tuple[int, ...]
     pattern: str
 
     @classmethod
-    def of(cls, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Self:
-        """For tensors name -> type as in `CODES`, shape after T."""
-        names = tuple(sorted(tensors, key=lambda name: (-_SIZES[tensors[name][0]], tensors[name][0], name)))
-        entries, steps = [], []
-        for name in names:
-            code, width = tensors[name]
+    def of(cls, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Self:
+        """For tensors of this name, type as in `CODES`, and shape after T, in any order."""
+        return cls._of(tuple(tensors))
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def _of(cls, tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> Self:
+        ordered = sorted(tensors, key=lambda tensor: (-_SIZES[tensor[1]], tensor[1], tensor[0]))
+        entries = []
+        for name, code, width in ordered:
             shape = ",".join(["%d", *map(str, width)])
             entries.append(f'"{name}":{{"dtype":"{code}","shape":[{shape}],"data_offsets":[%d,%d]}}')
-            steps.append(math.prod(width) * _SIZES[code])
-        return cls(names, tuple(steps), f"{{{','.join(entries)}}}")
-
-    def numbers(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What fills the pattern, (..., 3 K), for K tensors of these T, (..., K)."""
-        sizes = lengths * np.array(self.steps, dtype=np.int64)
-        ends = np.cumsum(sizes, axis=-1)
-        return np.stack([lengths, ends - sizes, ends], axis=-1).reshape(*lengths.shape[:-1], -1)
+        return cls(tuple(name for name, *_ in ordered), f"{{{','.join(entries)}}}")
 
     def filled(self, numbers: list[int]) -> bytes:
-        """The header with these numbers."""
+        """The header with these numbers, three for each tensor."""
         text = (self.pattern % tuple(numbers)).encode("ascii")
         size = -(-len(text) // 8) * 8
         return size.to_bytes(8, "little") + text.ljust(size)

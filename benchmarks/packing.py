@@ -1,0 +1,71 @@
+"""Packing a large data set with one process and with one a core, beside webdataset's naive writer.
+
+`benchmarks.data` compares every format's writer at a size at which starting processes is half of the work; here it is
+little. Each round writes the same samples, like MOSEI's and held in memory, once each way, float16, and deletes them.
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.data.measure import Rate, rate
+from benchmarks.data.sets import Resident, write_npy, write_ours
+from benchmarks.record import Row, record
+
+NAIVE = "webdataset, .npy members"
+SHARD = 64 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=12_000, help="of all splits (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: the cores, %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="counted, after one that is not (default: %(default)s)")
+    parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
+    options = parser.parse_args()
+    one, many = "ours, 1 process", f"ours, {options.processes} processes"
+    writers = {NAIVE: write_npy, one: write_ours, many: functools.partial(write_ours, workers=options.processes)}
+    source = Resident("mosei", options.samples)
+    rates: dict[str, list[Rate]] = {name: [] for name in writers}
+    with tempfile.TemporaryDirectory(prefix="mmsa-packing-") as folder:
+        for turn in range(options.rounds + 1):
+            for name, write in writers.items():
+                out = Path(folder) / name
+                found = rate(functools.partial(written, source, write, out))
+                shutil.rmtree(out)
+                if turn:
+                    rates[name].append(found)
+    how = (
+        f"best of {options.rounds} after 1; {source.total:,} samples like MOSEI, {source.bytes / 1e9:.1f} GB of float16"
+    )
+    rows = []
+    for name, found_rates in rates.items():
+        clock = max(found.wall for found in found_rates)
+        cpu = max(found.cpu for found in found_rates)
+        rows.append(Row(f"packing: {name}", clock, "samples/s", how=f"{how}; {cpu:,.0f} samples/CPU-s"))
+
+    def ratio(name: str, other: str, unit: Callable[[Rate], float]) -> float:
+        return max(map(unit, rates[name])) / max(map(unit, rates[other]))
+
+    naive = ratio(many, NAIVE, lambda found: found.wall)
+    rows.append(Row(f"{many} / {NAIVE}, by the clock", naive, "x", ">= 5", how, naive >= 5))
+    rows.append(Row(f"{one} / {NAIVE}, by the clock", ratio(one, NAIVE, lambda found: found.wall), "x", how=how))
+    rows.append(Row(f"{one} / {NAIVE}, per CPU-second", ratio(one, NAIVE, lambda found: found.cpu), "x", how=how))
+    rows.append(Row(f"{many} / {one}, by the clock", ratio(many, one, lambda found: found.wall), "x", how=how))
+    for row in rows:
+        print(f"{row.what}: {row.value:.2f} {row.unit} ({row.how})")
+    if not options.no_record:
+        record("packing", rows)
+
+
+def written(source: Resident, write: Callable[[Resident, Path, int], object], out: Path) -> int:
+    write(source, out, SHARD)
+    return source.total
+
+
+if __name__ == "__main__":
+    main()
