@@ -58,8 +58,9 @@ def cases(labels: "Labels", count: int) -> Iterator[tuple[NDArray[np.int64], str
         yield order(values.max(0) - values.min(0), np.ones(values.shape[1], bool))[:count], "furthest apart"
         return
     largest = np.nan_to_num(np.abs(moves(labels))).max(0)
-    yield order(largest, np.isfinite(labels.truth))[:count], "largest changes"
     changed: NDArray[np.bool_] = np.logical_or.reduce(turned(labels))
+    kept = " that keep the sign" if changed.any() else ""
+    yield order(largest, np.isfinite(labels.truth) & ~changed)[:count], f"largest changes{kept}"
     if changed.any():
         yield order(largest, changed)[:count], f"changes of sign, {changed.sum():,} of {len(changed):,} samples"
 

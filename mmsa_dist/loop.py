@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
     state = Progress(**session.progress)
     began = time.monotonic()
 
-    plan, steps = read_epoch(session, state.epoch, state.step_in_epoch)
+    ahead = None
     while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
+        plan, steps = ahead or read_epoch(session, state.epoch, state.step_in_epoch)
         for batches in steps:
             seed_step(recipe.seed, engine.steps, session.rank)
             batches = [batch.to(engine.device) for batch in batches]
@@ -65,8 +66,8 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
             ):
                 save(session, state)
         generator.end_epoch()
-        num_steps = plan.num_steps
-        plan, steps = read_epoch(session, state.epoch + 1)  # while this one is evaluated
+        another = state.epoch < recipe.train.epochs and state.stale + 1 < recipe.train.patience  # whatever comes out
+        ahead = read_epoch(session, state.epoch + 1) if another else None
         valid = evaluate(session, "valid").metrics
         value = valid[recipe.train.monitor]
         if metrics.is_better(recipe.train.monitor, value, state.best_value):
@@ -74,7 +75,7 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         else:
             state.stale += 1
         summary = {
-            "epoch": state.epoch, "step": engine.steps, "train_loss": state.loss_sum / num_steps,
+            "epoch": state.epoch, "step": engine.steps, "train_loss": state.loss_sum / plan.num_steps,
             "parts": done.parts, "grad_norm": done.grad_norm, "lr": done.lr, "valid": valid,
             "best_epoch": state.best_epoch, "seconds": time.monotonic() - began,
         }  # fmt: skip
@@ -83,17 +84,14 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
         save(session, state)
         report(flat(summary))
-    steps.close()
     return finish(session, state, events)
 
 
-def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Generator[list[Batch]]]:
-    """The plan of an epoch, and its batches, which are being read from now on; none after the last epoch."""
-    plan, recipe = session.plan(epoch), session.recipe
-    if epoch > recipe.train.epochs:
-        none: tuple[list[Batch], ...] = ()
-        return plan, (batches for batches in none)
-    return plan, session.loader.train(plan, session.rank, session.world, recipe.optim.accumulation, start_step)
+def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Iterator[list[Batch]]]:
+    """The plan of an epoch, and its batches from a step on, which are being read from now on."""
+    plan = session.plan(epoch)
+    accumulation = session.recipe.optim.accumulation
+    return plan, session.loader.train(plan, session.rank, session.world, accumulation, start_step)
 
 
 def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:

@@ -169,9 +169,10 @@ def check_data(recipe: Recipe, index: AnyIndex) -> None:
     for split in ("train", "valid"):
         if not index.splits.get(split):
             raise ConfigError(
-                f"data.path: {index.name} has no {split} samples ({dict(index.splits)}); "
-                "training needs train and valid. Pack it with a validation split (pack table --hold-out-valid N holds "
-                "out training videos; index --valid PATTERN says which tars are for validation)"
+                f"data.path: {index.name} has no {split} samples, but "
+                f"{', '.join(f'{n:,} of {name}' for name, n in index.splits.items() if n) or 'none at all'}; training "
+                "needs train and valid. Pack it with both (pack table --hold-out-valid N holds training videos out for "
+                "validation; index --train PATTERN --valid PATTERN says which tars are what)"
             )
     known = [name for name in metrics.names(kind_of(index)) if name in get_args(Monitor)]
     if recipe.train.monitor not in ("auto", *known):

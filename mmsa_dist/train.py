@@ -14,7 +14,7 @@ from mmsa_dist import launch, run_folder, session
 from mmsa_dist.checks import check_system
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
-from mmsa_dist.recipe import Recipe, absolute
+from mmsa_dist.recipe import Recipe, absolute, read_recipe
 from shards.mix import AnyIndex, Mix
 from shards.quarantine import damaged
 from shards.suggest import counted
@@ -106,6 +106,12 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
             raise ConfigError(
                 f"--resume {folder}: it was trained on {known['name']} (fingerprint {known['fingerprint'][:12]}), but "
                 f"{index.where} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
+            )
+        before = read_recipe(folder / "recipe.yaml").launch.workers
+        if before != recipe.launch.workers:
+            print(
+                f"note: {before} -> {recipe.launch.workers} workers: the order of samples stays, but each worker draws "
+                "dropout of its own, so losses will differ from those of an undisturbed run"
             )
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
     """
     events = run_folder.Events(folder, rank)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
+    readers = ExitStack()
     try:
         share_cores(recipe.launch.cpus_per_worker)
         from mmsa_dist.loop import fit
@@ -38,6 +40,7 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         from mmsa_dist.tracking import open_tracker
 
         session = open_session(recipe, folder, rank, world)
+        readers.callback(session.loader.close)
         events.write("ready", steps=session.engine.steps)
         with open_tracker(folder, rank) as tracker:
             result = fit(session, events, tracker, report or (lambda summary: None))
@@ -54,6 +57,7 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         record_failure(folder, rank, error)
         raise
     finally:
+        readers.close()  # after a failure was told: they may be waiting for a server
         events.close()
 
 

@@ -5,6 +5,7 @@ Shapes: B samples, T steps of the batch's longest sample in a modality, D width.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -237,7 +238,7 @@ def pad(
     # few calls for all samples, none of which holds the interpreter: a reader must not hold up the training thread
     places = out.split_with_sizes([size for n in lengths for size in (n, longest - n)])
     real, padding = list(places[0::2]), list(places[1::2])
-    sources = [nothing if a is None or not len(a) else _tensor(a) for a in arrays]
+    sources = [nothing if a is None or not len(a) else _tensor(a, dtype) for a in arrays]
     if torch.get_num_threads() > 1:
         steps = max(1, _SERIAL // (width or 1))
         real, padding, sources = (
@@ -256,9 +257,12 @@ def pad(
     )
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """The array's memory as a tensor, if that can be: torch takes no array that it could not write to, or stepped over
-    backwards."""
-    if not (array.flags.carray and array.dtype.isnative):
-        array = np.array(array, dtype=array.dtype.newbyteorder("="))
-    return torch.from_numpy(array)
+def _tensor(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
+    """The array's memory as a tensor, if that can be; else a copy as `dtype`.
+
+    Torch takes no array that it could not write to or would step over backwards, and not every kind of number.
+    """
+    if array.flags.carray and array.dtype.isnative:
+        with suppress(TypeError, ValueError):
+            return torch.from_numpy(array)
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

@@ -32,8 +32,9 @@ class Loader(Closing):
     Args:
         reader: of the samples.
         spec: what goes into a batch.
-        readers: threads; 0 works in the calling thread. At most twice as many batches are prepared ahead. The batches
-            are the same for any number.
+        readers: threads; 0 works in the calling thread. At most twice as many batches are prepared ahead, by each
+            iterator. The batches are the same for any number. Evaluation has as many threads of its own: it does not
+            wait for the next epoch's batches, should their shards be slow to come.
     """
 
     def __init__(self, reader: AnyReader, spec: BatchSpec, readers: int = 1) -> None:
@@ -43,7 +44,10 @@ class Loader(Closing):
         self._text_lock = Lock()
         self._with_text = spec.text_ids is not None
         self._spec = replace(spec, text_ids=self._one_at_a_time(spec.text_ids)) if spec.text_ids else spec
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="mmsa-reader") if readers else None
+        self._training, self._evaluating = (
+            ThreadPoolExecutor(readers, thread_name_prefix=f"mmsa-reader-{use}") if readers else None
+            for use in ("train", "evaluate")
+        )
 
     def train(
         self, plan: Plan, rank: int, world: int, accumulation: int = 1, start_step: int = 0
@@ -70,7 +74,10 @@ class Loader(Closing):
             return self._batch(share(plan.step(step), rank, world, accumulation)[turn])
 
         begin = start_step * plan.global_batch
-        with self._looking_ahead(plan.order, begin) as reach, closing(self._made(batch, turns)) as batches:
+        with (
+            self._looking_ahead(plan.order, begin) as reach,
+            closing(self._made(self._training, batch, turns)) as batches,
+        ):
             yield []
             for step in steps:
                 reach((step + 1) * plan.global_batch)
@@ -80,7 +87,7 @@ class Loader(Closing):
         """The rank's batches of an evaluation; see `EvaluationPlan.batches_for`."""
         with (
             self._looking_ahead(InOrder(plan.first, plan.count), 0) as reach,
-            closing(self._made(self._batch, plan.batches_for(rank, world))) as batches,
+            closing(self._made(self._evaluating, self._batch, plan.batches_for(rank, world))) as batches,
         ):
             for turn, batch in enumerate(batches, 1):
                 reach(turn * world * plan.batch)
@@ -88,17 +95,21 @@ class Loader(Closing):
 
     def close(self) -> None:
         """Ends the threads. Iterators that are not used up yet cannot be used afterwards."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in filter(None, (self._training, self._evaluating)):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in filter(None, (self._training, self._evaluating)):
+            pool.shutdown(wait=True)
 
     def _looking_ahead(self, order: Order, begin: int) -> AbstractContextManager[Callable[[int], None]]:
         index = self._reader.index
         return looking_ahead(index, order, begin, depth=max(1, self._reader.open_shards // 2))
 
-    def _made(self, make: Callable[[_Item], Batch], items: Iterable[_Item]) -> Generator[Batch]:
-        if self._pool is None:
+    def _made(
+        self, pool: ThreadPoolExecutor | None, make: Callable[[_Item], Batch], items: Iterable[_Item]
+    ) -> Generator[Batch]:
+        if pool is None:
             return (make(item) for item in items)
-        made = _ahead(self._pool, make, items, 2 * self._readers)
+        made = _ahead(pool, make, items, 2 * self._readers)
         next(made)
         return made
 

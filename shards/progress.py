@@ -3,6 +3,7 @@
 Results go to standard output (`console`), progress and remarks to standard error (`remarks`): output can be piped.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 # plain: names of files and data sets may hold [brackets] and :colons:
 console = Console(highlight=False, markup=False, emoji=False)
-if not console.is_terminal:
+if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 140  # in a log a table is better wide than cropped at 80 columns
 remarks = Console(stderr=True, highlight=False, markup=False, emoji=False)
 

@@ -12,7 +12,7 @@ import math
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tarfile import BLOCKSIZE
 from threading import Lock
 from typing import Any, Self
@@ -58,8 +58,8 @@ class ShardReader(Closing):
     def sample(self, number: int, with_text: bool = False) -> Utterance:
         """The sample with this number.
 
-        Its arrays are views into the mapped shard, float16 or float32 as stored: copy what is to be changed. Labels are
-        the table's float32 values.
+        Its arrays are views into the mapped shard, float16 or float32 as stored, and others may be given the very same
+        sample: copy what is to be changed. Labels are the table's float32 values.
 
         Args:
             with_text: also read the transcript, where the data set has some (parses the sample's JSON member).
@@ -116,7 +116,7 @@ class _Shard:
         self._describe(rows, size)
         self._data = self._mapped(size)
         self._kept = index.num_samples <= _KEPT
-        self._known: tuple[dict[int, Utterance], dict[int, Utterance]] = ({}, {})
+        self._known: dict[int, Utterance] = {}
 
     def _describe(self, rows: dict[str, list[Any]], size: int) -> None:
         """What is known of the tensors."""
@@ -137,14 +137,16 @@ class _Shard:
 
     def sample(self, row: int, with_text: bool) -> Utterance:
         """The sample in this row of the table; that of a small data set is described once, as long as this is open."""
-        if not self._kept:
-            return self._sample(row, with_text)
-        known = self._known[with_text]
-        if row not in known:
-            known[row] = self._sample(row, with_text)
-        return known[row]
+        sample = self._known.get(row)
+        if sample is None:
+            sample = self._sample(row)
+            if self._kept:
+                self._known[row] = sample
+        if with_text and self._index.has_raw_text:
+            return replace(sample, raw_text=self._text(row))
+        return sample
 
-    def _sample(self, row: int, with_text: bool) -> Utterance:
+    def _sample(self, row: int) -> Utterance:
         arrays = self._arrays(row)
         tokens = arrays.pop("tokens", None)
         labels = ((task, values[row]) for task, values in self._labels.items())
@@ -153,7 +155,6 @@ class _Shard:
             split=self._split,
             modalities=arrays,
             labels={task: label for task, label in labels if not math.isnan(label)},
-            raw_text=self._text(row) if with_text and self._index.has_raw_text else None,
             tokens=tokens,
         )
 
@@ -274,6 +275,10 @@ class _Shard:
 
 class _ForeignShard(_Shard):
     """A tar that somebody else wrote: its table says at which byte each sample's numbers begin."""
+
+    def __init__(self, index: Index, shard_no: int, table: pa.Table) -> None:
+        super().__init__(index, shard_no, table)
+        self._kept = False  # some of its arrays are copies, and not to be held
 
     def _describe(self, rows: dict[str, list[Any]], size: int) -> None:
         held = self._index.modalities.items()

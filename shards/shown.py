@@ -91,9 +91,10 @@ def _text_line(told: dict[str, Any]) -> str:
 
 
 def _modality_table(told: dict[str, Any]) -> Table:
-    table = Table("modality")
-    for heading in ("width", *PERCENTILES, "std in train", "non-finite", "constant", "absent"):
-        table.add_column(heading, justify="right")
+    table = Table(pad_edge=False)
+    table.add_column("modality")
+    for heading in ("width", *PERCENTILES, "std in\ntrain", "non-\nfinite", "con-\nstant", "absent"):
+        table.add_column(heading, justify="right", overflow="fold")
     for name, facts in told["modalities"].items():
         lengths = (f"{facts['length_percentiles'][p]:,}" for p in PERCENTILES)
         low, high = facts["std"]  # of the dimensions that vary

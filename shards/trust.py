@@ -114,7 +114,7 @@ class Expected:
         if status.st_size != self.bytes:
             raise DataError(
                 f"{self.path}: has {status.st_size} bytes, expected {self.bytes}: it is truncated or not the file that "
-                "was packed; copy it again or pack again"
+                "was packed; copy it again or pack again (train --data.quarantine leaves such shards out)"
             )
         return status
 
@@ -137,7 +137,7 @@ class Expected:
             if found != self.sha256:
                 raise DataError(
                     f"{self.path}: sha256 is {found}, expected {self.sha256}: its bytes are damaged or not the ones "
-                    "that were packed; copy it again or pack again"
+                    "that were packed; copy it again or pack again (train --data.quarantine leaves such shards out)"
                 )
             after = self.check_size()
             if self._marker(after) == marker and time.time_ns() - self._changed_ns(after) > _UNSETTLED_NS:

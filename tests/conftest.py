@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several test files run at once, and idle threads spin
+os.environ.pop("COLUMNS", None)  # a table is as wide in a test as in any pipe
 
 from tests.ranks import close_pools, run_ranks
 
@@ -18,6 +19,23 @@ settings.load_profile("house")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # as under nohup and in a shell's background: the commands that tests interrupt would inherit it and hear nothing
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST = (
+    "test_faults",
+    "test_sweep",
+    "test_laws",
+    "test_submit",
+    "test_engine",
+    "test_demo",
+    "test_resume",
+    "test_real",
+)
+"""Files that take minutes, mostly of waiting: begun with, so that none is left to run alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

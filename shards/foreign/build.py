@@ -248,6 +248,10 @@ class _Total:
             )
 
 
+_PACKED = re.compile(r"\.(tar\.[a-z0-9]+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+"""Names of compressed tars."""
+
+
 def _tars(given: Sequence[Path]) -> list[Path]:
     """The tars, by name: their order does not depend on how they were given."""
     found: list[Path] = []
@@ -259,6 +263,12 @@ def _tars(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir() and not path.is_file():
             raise DataError(f"{path}: is no file; give tars, or folders of them")
         inside = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+        if packed := sorted(other for other in path.rglob("*") if _PACKED.search(other.name)) if path.is_dir() else []:
+            more = f" (and {len(packed) - 1:,} more like it)" if len(packed) > 1 else ""
+            raise DataError(
+                f"{packed[0]}: is a compressed tar{more}, which samples cannot be read from in place; unpack it first "
+                "(gunzip, unzstd, unxz), or give the tars by name"
+            )
         if not inside:
             raise DataError(f"{path}: no .tar in this folder; give tars, or folders of them")
         found += inside

@@ -114,6 +114,10 @@ class Meaning:
         return "angry" if self.strength > 0.7 else "sad"
 
 
+SYNTHETIC = "synthetic-"
+"""Beginning of the key of each generated sample, by which it is known in other formats too."""
+
+
 class GeneratedSource:
     """Generates one sample at a time.
 
@@ -171,7 +175,7 @@ class GeneratedSource:
         return ["synthetic data: results on it say nothing about sentiment"]
 
     def _key(self, split: str, number: int) -> str:
-        return f"synthetic-{split}-{number // 10}$_${number % 10}"
+        return f"{SYNTHETIC}{split}-{number // 10}$_${number % 10}"
 
     def _stream(self, split: str, number: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, SPLITS.index(split), number])

@@ -18,6 +18,7 @@ import numpy as np
 from shards.errors import DataError
 from shards.files import sha256_of
 from shards.sources import fields, pickles
+from shards.sources.generated import SYNTHETIC
 from shards.sources.lengths import whole
 from shards.sources.stamp import Stamp
 from shards.suggest import nearest
@@ -56,8 +57,6 @@ class MmsaSource:
         DataError: not such a pickle; names file, split and key.
     """
 
-    synthetic = False
-
     def __init__(
         self,
         path: Path,
@@ -86,6 +85,7 @@ class MmsaSource:
         self.label_range = label_range or ((-1.0, 1.0) if len(self.tasks) > 1 else (-3.0, 3.0))
         self.has_raw_text = any(part.raw_text and any(part.raw_text) for part in parts)
         self.has_tokens = train.tokens is not None
+        self.synthetic = any(key.startswith(SYNTHETIC) for part in parts for key in part.ids)  # by our own unpack
         self.counts = {name: len(split.ids) for name, split in self._splits.items()}
         self.name = f"{path.parent.parent.name}-{path.stem}".lower() if path.parent.name == "Processed" else path.stem
         self.provenance: dict[str, Any] = {

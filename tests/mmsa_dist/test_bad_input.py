@@ -123,7 +123,10 @@ def test_values_without_effect_are_said(data: str) -> None:
 
 
 def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    assert "no index.json" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
+    assert "nothing: no such folder" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
+    assert "no index.json in" in refused(3, "train", "self_mm", "--data", str(tmp_path))
+    (tmp_path / "some.tar").touch()
+    assert "give the folder, or index it" in refused(3, "train", "self_mm", "--data", str(tmp_path / "some.tar"))
     assert "text.encoder" in refused(2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path))
     wanted = refused(
         2, "train", "self_mm", "--data", data, "--text.encoder", str(tmp_path / "model"), "--text.input", "tokens"

@@ -86,11 +86,13 @@ def test_any_memory_layout_and_kind_of_number(threads: int) -> None:
     rng = np.random.default_rng(0)
     plain = rng.normal(size=(8, 5)).astype(np.float32)
     odd = [plain[::-1], plain[::2], np.asfortranarray(plain), plain.astype(">f4"), plain.astype(np.float64), plain[:0]]
+    odd += [plain[:1][::-1], plain.astype(np.longdouble)]
     values, lengths, present = pad([*odd, None], 5)
     for row, array in zip(values, odd, strict=False):
         np.testing.assert_array_equal(row[: len(array)].numpy(), array.astype(np.float32))
         assert not row[len(array) :].any()
-    assert lengths.tolist() == [8, 4, 8, 8, 8, 1, 1] and present.tolist() == [True] * 5 + [False] * 2
+    assert lengths.tolist() == [8, 4, 8, 8, 8, 1, 1, 8, 1]
+    assert present.tolist() == [True] * 5 + [False] + [True] * 2 + [False]
     ids, *_ = pad([np.array([3, 4], ">i4"), np.arange(6, dtype=np.uint8)[::2]], None)
     assert ids.tolist() == [[3, 4, 0], [0, 2, 4]]
     assert [len(part) for part in pad([], 5)] == [0, 0, 0]

@@ -209,6 +209,16 @@ def test_25_a_tar_that_is_compressed_whole(tmp_path: Path, magic: bytes) -> None
         indexed(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["more/train-1.tar.gz", "valid.TGZ", "test.tar.zst"])
+def test_25_a_compressed_tar_in_a_folder_is_not_passed_over(tmp_path: Path, name: str) -> None:
+    """It would be samples that silently are not there."""
+    packed = tmp_path / name
+    packed.parent.mkdir(exist_ok=True)
+    packed.touch()
+    with pytest.raises(DataError, match=rf"{packed.name}: is a compressed tar, which"):
+        indexed(tmp_path)
+
+
 def test_names_and_sizes_are_those_of_tarfile(tmp_path: Path) -> None:
     """What is strict elsewhere reads every form that honest programs write."""
     files = {

@@ -89,7 +89,7 @@ def test_what_a_person_reads(index: Index) -> None:
         "M, T in -3..3",
         "sha256 000000000000…",
         index.fingerprint,
-        "train 10, valid 1, test 1 │",
+        "train 10, valid 1, test 1│",
         "+0.38 ±",
         "audio: 2 values of the source were NaN or infinite",
         "text: 6 of 6 dimensions never change in train (0, 1, 2, 3, 4, …)",

@@ -239,6 +239,24 @@ def test_reading_begins_before_a_batch_is_asked_for(index: Index, readers: int) 
     assert all(name.startswith("mmsa-reader" if readers else "MainThread") for name in by)
 
 
+def test_evaluation_does_not_wait_for_the_next_epoch(index: Index) -> None:
+    """Whose shards may be slow to come from a server that is in trouble."""
+    train, there = set(index.numbers("train")), threading.Event()
+
+    class Slow(ShardReader):
+        def samples(self, numbers: "np.ndarray", with_text: bool = False) -> list[Utterance]:  # type: ignore[override]
+            assert not train & set(numbers.tolist()) or there.wait(30)
+            return super().samples(numbers, with_text)
+
+    with Loader(Slow(index), BatchSpec.of(index), 1) as loader:
+        ahead = loader.train(training_plan(index, "train", 0, 0, 4), 0, 1)
+        assert len(list(loader.evaluate(evaluation_plan(index, "valid", 4), 0, 1))) > 1
+        assert not there.is_set()
+        there.set()
+        assert len(next(ahead)) == 1
+        ahead.close()
+
+
 def test_an_iterator_left_in_the_middle_leaves_no_work(index: Index) -> None:
     loader = make_loader(index, 2)
     batches = loader.train(training_plan(index, "train", 0, 0, 3), 0, 1)

@@ -72,7 +72,7 @@ def test_the_example_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     words = command.split()
     assert words[:2] == ["mmsa-dist", "pack"]
     assert pack_command(words[2:]) == 0
-    index = Index.load(tmp_path / "data" / "mine")
+    index = Index.load(tmp_path / "data" / "folder")
     assert index.name == tmp_path.name.lower()  # label.csv says nothing
     assert (index.splits, index.has_raw_text) == ({"train": 2, "valid": 1, "test": 1}, True)
     assert {name: (part.width, part.max_length) for name, part in index.modalities.items()} == {"audio": (74, 25)}

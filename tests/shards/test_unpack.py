@@ -17,6 +17,7 @@ from mmsa_dist.__main__ import main
 from shards.errors import ConfigError, DataError
 from shards.index import Index
 from shards.read import ShardReader
+from shards.sources.generated import GeneratedSource
 from shards.sources.mmsa import MmsaSource
 from shards.sources.mult import MultSource
 from shards.unpack import unpack
@@ -140,6 +141,14 @@ def test_a_layout_may_be_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--layout alined: expected one of auto, aligned, unaligned"):
         unpack(ragged, tmp_path / "never.pkl", layout="alined")
     assert not (tmp_path / "never.pkl").exists()
+
+
+def test_generated_data_stays_what_it_is(tmp_path: Path) -> None:
+    """Results on it say nothing about sentiment, whichever way it went."""
+    pack(GeneratedSource("mosi", 40), tmp_path / "made")
+    unpack(Index.load(tmp_path / "made"), tmp_path / "unaligned.pkl")
+    index, _ = pack(MmsaSource(tmp_path / "unaligned.pkl"), tmp_path / "back")
+    assert index.synthetic and index.name == "synthetic-unaligned"
 
 
 def test_what_a_peer_should_know_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
