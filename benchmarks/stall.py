@@ -1,7 +1,6 @@
 """What training waits for data: Self-MM and UFEN-MTFN from their packaged MOSI recipes, engine and loader as in a run.
 
-Self-MM also with a text encoder, as its paper has it: two layers of BERT-base's shape with random weights. Without one
-it is the system that computes least for what it reads.
+Both without a text encoder, which would hide what reading costs: Self-MM then computes little for what it reads.
 
 Three figures a system, at 1 and at 2 ranks, epochs of the two kinds in turn, after one that is not counted:
 
@@ -11,9 +10,9 @@ Three figures a system, at 1 and at 2 ranks, epochs of the two kinds in turn, af
   as cores), that much longer is the least that an epoch can be.
 
 As in a run, where the epoch before is evaluated meanwhile, the first batches are read before the clock of an epoch
-starts; the CPU seconds of it are counted. Where a process's memory
-happens to lie moves its epochs by several percent, so there are several sessions, each of new processes. Each rank
-trains on one thread and reads with one, the default. Generated data like MOSI, in the page cache.
+starts; the CPU seconds of it are counted. Where a process's memory happens to lie moves its epochs by several percent,
+so there are several sessions, each of new processes. Each rank trains on one thread and reads with one, the default.
+Generated data like MOSI, in the page cache.
 """
 
 import argparse
@@ -35,20 +34,13 @@ from benchmarks.record import ROOT, Row, record
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a system, in how many sessions of how many counted epochs of each kind (of short ones more)."""
+    """In how many sessions of how many counted epochs of each kind a system is trained: of short epochs more."""
 
-    system: str
     sessions: int
     epochs: int
-    samples: int = 2199
-    encoder: bool = False
 
 
-CASES = {
-    "self_mm": Case("self_mm", 5, 6),
-    "self_mm with a text encoder": Case("self_mm", 1, 2, 600, encoder=True),
-    "ufen_mtfn": Case("ufen_mtfn", 1, 3),
-}
+CASES = {"self_mm": Case(5, 6), "ufen_mtfn": Case(1, 3)}
 BOUND = 0.02
 EVALUATION = 0.3
 """Seconds that stand for it."""
@@ -56,9 +48,10 @@ EVALUATION = 0.3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2199, help="generated utterances over all splits")
     parser.add_argument("--epochs", type=int, help="counted epochs of each kind, after one that is not")
     parser.add_argument("--sessions", type=int, help="each of new processes")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--systems", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -68,20 +61,14 @@ def main() -> None:
         return
     rows: list[Row] = []
     raw: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="mmsa-stall-") as name:
-        folder = Path(name)
-        encoder = shape(folder / "encoder")
-        for name, world in itertools.product(options.cases, options.ranks):
+    with tempfile.TemporaryDirectory(prefix="mmsa-stall-") as made:
+        folder = Path(made)
+        words = ["--data", str(pack(folder / "data", options.samples))]
+        for name, world in itertools.product(options.systems, options.ranks):
             case = CASES[name]
-            words = ["--data", str(pack(folder / f"data-{case.samples}", case.samples))]
-            words += (
-                ["--text.encoder", str(encoder), "--text.input", "tokens", "--text.no-pretrained"]
-                if case.encoder
-                else []
-            )
             epochs = (options.epochs or case.epochs) + 1
             sessions = [folder / f"{name}-{world}-{session}" for session in range(options.sessions or case.sessions)]
-            told = [trained(case.system, words, session, world, epochs) for session in sessions]
+            told = [trained(name, words, session, world, epochs) for session in sessions]
             raw[f"{name}, {world} ranks"] = told
             rows += figures(name, world, told)
             for row in rows[-3:]:
@@ -94,15 +81,7 @@ def pack(folder: Path, samples: int) -> Path:
     from shards.sources.generated import GeneratedSource
     from shards.write import pack as write
 
-    if not folder.exists():
-        write(GeneratedSource("mosi", samples), folder)
-    return folder
-
-
-def shape(folder: Path) -> Path:
-    from transformers import BertConfig
-
-    BertConfig(num_hidden_layers=2).save_pretrained(folder)
+    write(GeneratedSource("mosi", samples), folder)
     return folder
 
 

@@ -228,16 +228,19 @@ def test_stall_is_the_slowest_rank_of_the_counted_epochs() -> None:
     first = {"waiting": [9.0, 0.1, 0.1], "loaded": [10.0, 10.0, 10.0], "resident": [1.0, 9.9, 9.9], "steps": [4.0]}
     first |= {"loaded cpu": [5.0, 5.0, 5.0], "resident cpu": [1.0, 4.8, 4.8]}
     second = {**first, "waiting": [9.0, 0.3, 0.3]}
-    waiting, longer, reading = stall.figures("self_mm", 2, [first, second])
+    slow = {**first, "waiting": [9.0, 5.0, 5.0], "resident": [1.0, 6.0, 6.0]}
+    sessions = [[first, second], [slow, slow], [second, first]]  # the middle one of three, not their mean
+    waiting, longer, reading = stall.figures("self_mm", 2, sessions)
     assert (waiting.value, waiting.met) == (pytest.approx(3.0), False)
     assert (longer.value, longer.met) == (pytest.approx(1.0), True)
     assert (reading.value, reading.met) == (pytest.approx(4.0), None)
-    assert "4 steps of 2,500 ms" in waiting.how
+    assert waiting.how == "median of 3 sessions of 2 epochs after 1; 4 steps of 2,500 ms"
 
 
 @pytest.mark.slow
 def test_stall_trains(tmp_path: Path) -> None:
     data = stall.pack(tmp_path / "data", samples=60)
-    for rank in stall.trained("self_mm", data, tmp_path, world=2, epochs=2):
+    words = ["--data", str(data)]
+    for rank in stall.trained("self_mm", words, tmp_path / "run", world=2, epochs=2):
         assert len(rank["waiting"]) == len(rank["resident"]) == 2
         assert all(0 <= waited < whole for waited, whole in zip(rank["waiting"], rank["loaded"], strict=True))
