@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS, ROOT
 
 PAGES = {ROOT / "README.md": ("real", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
 """Page -> its marked parts."""
-FIGURES = ("clone", "startup", "data", "stall", "loop", "peer")
+FIGURES = ("clone", "startup", "data", "packing", "stall", "loop", "peer")
 """Files of the figures' table in this order; others follow by name."""
 
 METRICS = {
