@@ -33,6 +33,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         label_range=index.label_range,
         device=torch.device("cpu"),
         zero_is_positive=recipe.labels.zero_is_positive,
+        divide_above=recipe.labels.divide_above,
     )
     lacking = system.feature_widths().keys() - {"M", *index.tasks}
     if name == "none" and lacking:

@@ -95,6 +95,8 @@ class LabelConfig(Strict):
 
     generator: str | None = None
     """Label generator. Unset: the one of the system's paper."""
+    divide_above: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """GiB of label state above which a rank keeps the features of its part of the samples only (default: 1)."""
     zero_is_positive: bool = False
     """Count a label of exactly zero with the positive ones, instead of with neither."""
 

@@ -133,10 +133,11 @@ def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
 
 def save(session: Session, state: Progress) -> None:
     """One checkpoint; all ranks gather it, rank 0 writes it."""
+    labels = session.generator.state_dict(keep=session.rank == 0)
     whole = session.engine.state()
     if whole is None:
         return
-    content = checkpoint.Checkpoint(whole, session.generator.state_dict(), asdict(state))
+    content = checkpoint.Checkpoint(whole, labels, asdict(state))
     checkpoint.save(session.folder / "checkpoints", content, session.recipe.checkpoint.keep, state.best_step or None)
 
 

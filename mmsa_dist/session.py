@@ -289,6 +289,7 @@ def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: tor
         label_range=index.label_range,
         device=device,
         zero_is_positive=recipe.labels.zero_is_positive,
+        divide_above=recipe.labels.divide_above,
     )
 
 

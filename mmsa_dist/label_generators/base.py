@@ -98,8 +98,12 @@ class LabelGenerator:
     def end_epoch(self) -> None:
         """Called once after the last step of an epoch."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs, as CPU tensors of their own; the same on every rank."""
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
+        """All that `load_state_dict` needs, as CPU tensors of their own. All ranks call it together.
+
+        Args:
+            keep: this rank wants it; others only hand over what they hold, and get nothing.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -116,7 +120,7 @@ class LabelGenerator:
 
     @classmethod
     def state_bytes(cls, samples: int, widths: Mapping[str, int]) -> int:
-        """Bytes that every rank holds for `samples` training samples."""
+        """Bytes for `samples` training samples, where every rank holds all of them."""
         return 0
 
 

@@ -6,8 +6,7 @@ Shapes: N training samples, B rows of the global batch, d width of a feature; 2 
 import torch
 from torch import Tensor
 
-CHUNK = 8192
-"""Rows that re-summing converts to float64 at a time."""
+from mmsa_dist.label_generators.kept import Kept, members
 
 
 class Centres:
@@ -40,28 +39,18 @@ class Centres:
             new, old: (B, d) float32 features.
         """
         classes = classes * part
-        left, joined = _members(self.classes[slots] * part), _members(classes)
+        left, joined = members(self.classes[slots] * part), members(classes)
         # Matrix products, not index_add: the same bits on every rank, on a GPU too.
         self.sums += joined @ new.double() - left @ old.double()
         self.counts += joined.sum(1) - left.sum(1)
         self.classes[slots] = classes
 
-    def sum_anew(self, features: Tensor) -> None:
-        """From all samples' features (N + 1, d), so that rounding does not add up over a run."""
-        self.sums.zero_()
-        self.counts.zero_()
-        for classes, chunk in zip(self.classes.split(CHUNK), features.split(CHUNK), strict=True):
-            members = _members(classes)
-            self.sums += members @ chunk.double()
-            self.counts += members.sum(1)
+    def sum_anew(self, features: Kept) -> None:
+        """From all samples' features, so that rounding does not add up over a run."""
+        self.sums, self.counts = features.sums(self.classes)
 
 
 def signs(labels: Tensor, zero_is_positive: bool) -> Tensor:
     """(B,) labels -> int8 classes: 1 positive, 2 negative, 0 neither."""
     positive = labels >= 0 if zero_is_positive else labels > 0
     return positive.to(torch.int8) + 2 * (labels < 0).to(torch.int8)
-
-
-def _members(classes: Tensor) -> Tensor:
-    """(B,) classes -> (2, B) float64, 1 where the sample is in the class."""
-    return torch.stack([classes == 1, classes == 2]).double()

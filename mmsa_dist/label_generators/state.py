@@ -21,11 +21,16 @@ from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators.base import MODALITY_OF, LabelGenerator, TrainSplit, join_step
 from mmsa_dist.label_generators.centres import Centres, signs
+from mmsa_dist.label_generators.kept import Kept
 from mmsa_dist.label_generators.samples import TrainSamples
 from shards.batch import Batch
 
 if TYPE_CHECKING:
     from mmsa_dist.systems.base import Prediction
+
+
+DIVIDE_ABOVE = 1.0
+"""GiB; MOSEI takes 0.01."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class GeneratedLabels(LabelGenerator):
 
         zero_is_positive: bool = False
         """A label of exactly zero counts as positive; otherwise in neither class."""
+        divide_above: float | None = None
+        """GiB of state above which features are divided over the ranks: each holds those of its part of the samples,
+        and a step exchanges as many rows as its batch has. None is `DIVIDE_ABOVE`."""
 
     def __init__(self, config: Strict, split: TrainSplit) -> None:
         super().__init__(config, split)
@@ -66,7 +74,9 @@ class GeneratedLabels(LabelGenerator):
         self._device = split.device
         self._samples = TrainSamples(split, self.name)
         self._labels = {task: self._samples.truth.clone() for task in self._tasks}
-        self._features: dict[str, Tensor] = {}
+        bound = DIVIDE_ABOVE if config.divide_above is None else config.divide_above
+        self._divided = self.state_bytes(self._samples.size, self._widths) > bound * 2**30
+        self._features: dict[str, Kept] = {}
         self._centres: dict[str, Centres] = {}
 
     def targets(self, batch: Batch, prediction: "Prediction | None" = None) -> dict[str, Tensor]:
@@ -96,32 +106,29 @@ class GeneratedLabels(LabelGenerator):
         for centres in self._centres.values():
             centres.sum_anew(self._features[centres.of])
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, keep: bool = True) -> dict[str, Tensor]:
         """``ids`` (N,); per task ``label`` (N,); ``feature`` (N, d) of what is kept, and ``class`` (N,), ``sum`` (2, d)
         and ``count`` (2,) of its centres.
 
         Sums too, not only what they sum: a resumed run goes on to the last bit.
         """
+        features = {f"feature.{k}": kept.whole(keep) for k, kept in self._features.items()}
+        if not keep:
+            return {}
         state = {"ids": torch.from_numpy(self._samples.ids.copy())}
+        state |= {name: whole for name, whole in features.items() if whole is not None}
         for name, tensor, by_sample in self._named():
             state[name] = (tensor[:-1] if by_sample else tensor).detach().to("cpu", copy=True)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         rows = self._samples.places_in(state.get("ids"))
+        for k, kept in self._features.items():
+            kept.load(_saved(state, f"feature.{k}", (self._samples.size, self._widths[k]))[rows])
         for name, tensor, by_sample in self._named():
-            if name not in state:
-                raise ConfigError(
-                    f"the checkpoint's label generator has no {name!r}: it is of another system; start anew"
-                )
-            loaded = state[name].cpu()[rows] if by_sample else state[name]
             target = tensor[:-1] if by_sample else tensor
-            if loaded.shape != target.shape:
-                raise ConfigError(
-                    f"the checkpoint's label generator has {name!r} of shape {tuple(loaded.shape)}, this system's is "
-                    f"{tuple(target.shape)}: start anew, or use the recipe of the checkpoint"
-                )
-            target.copy_(loaded)
+            loaded = _saved(state, name, tuple(target.shape))
+            target.copy_(loaded.cpu()[rows] if by_sample else loaded)
 
     @classmethod
     def labels_in(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +145,7 @@ class GeneratedLabels(LabelGenerator):
 
     def _keep(self, task: str) -> None:
         """Every sample's newest feature of `task` is kept."""
-        self._features[task] = torch.zeros(self._samples.size + 1, self._widths[task], device=self._device)
+        self._features[task] = Kept(self._samples.size, self._widths[task], self._device, self._divided)
 
     def _average(self, name: str, of: str) -> None:
         """Centres called `name` are kept of the features of task `of`."""
@@ -159,22 +166,30 @@ class GeneratedLabels(LabelGenerator):
     def _enter(self, k: str, seen: Seen) -> None:
         """The features of a step enter the state, in the classes that the samples have now."""
         slots, features = seen.slots[k], seen.features[k]
-        old = self._features[k][slots]
+        old = self._features[k].of(slots)
         for name, centres in self._centres.items():
             if centres.of == k:
                 centres.move(slots, seen.part[k], self._class_of(name, slots), features, old)
-        self._features[k][slots] = features
+        self._features[k].put(slots, features)
 
     def _named(self) -> list[tuple[str, Tensor, bool]]:
-        """Name, tensor, and whether it has a row for each sample (and the unread one)."""
+        """Name, tensor, and whether it has a row for each sample (and the unread one); all but the features."""
         named = [(f"label.{task}", self._labels[task], True) for task in self._tasks]
-        for k, features in self._features.items():
-            named.append((f"feature.{k}", features, True))
-            for name, centres in self._centres.items():
-                if centres.of == k:
-                    named.append((f"class.{name}", centres.classes, True))
-                    named += [(f"sum.{name}", centres.sums, False), (f"count.{name}", centres.counts, False)]
+        for name, centres in self._centres.items():
+            named.append((f"class.{name}", centres.classes, True))
+            named += [(f"sum.{name}", centres.sums, False), (f"count.{name}", centres.counts, False)]
         return named
+
+
+def _saved(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    if name not in state:
+        raise ConfigError(f"the checkpoint's label generator has no {name!r}: it is of another system; start anew")
+    if tuple(state[name].shape) != shape:
+        raise ConfigError(
+            f"the checkpoint's label generator has {name!r} of shape {tuple(state[name].shape)}, this system's is "
+            f"{shape}: start anew, or use the recipe of the checkpoint"
+        )
+    return state[name]
 
 
 def _checked_widths(widths: Mapping[str, int], generator: str) -> dict[str, int]:

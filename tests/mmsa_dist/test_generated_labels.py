@@ -163,6 +163,48 @@ def test_two_ranks_give_the_labels_of_one_and_so_does_a_state_that_moved(ranks: 
         assert same(state, alone)
 
 
+def divided(name: str, run: LearnedRun, epochs: range, state: State | None = None) -> tuple[State, int, dict[str, Any]]:
+    """The state after these epochs, the rows of features that this rank has held, and what others get of it."""
+    generator = generator_of(name, run, divide_above=0.0)
+    if state is not None:
+        generator.load_state_dict(state)
+    whole = take(generator, run, epochs, dist.get_rank(), dist.get_world_size())
+    held = {len(t) for t in tensors(generator._features) if t.dim() == 2}  # type: ignore[attr-defined]
+    assert len(held) == 1
+    return whole, held.pop(), generator.state_dict(keep=dist.get_rank() == 1)
+
+
+@every_generator
+@pytest.mark.parametrize("world", [2, 4])
+def test_features_divided_over_ranks_give_the_same_labels(ranks: Ranks, name: str, world: int) -> None:
+    """And the same checkpoint, which is read with any number of ranks, divided or not."""
+    run = LearnedRun(samples=29, seed=7, global_batch=8, absent=0.2)
+    alone = take(generator_of(name, run), run, range(1, 5))
+    half = ranks(divided, 2, name, run, range(1, 3))[1][0]
+    whole = generator_of(name, run)
+    whole.load_state_dict(half)
+    for state in (
+        take(whole, run, range(3, 5)),
+        *(told[0] for told in ranks(divided, world, name, run, range(3, 5), half)),
+    ):
+        assert state.keys() == alone.keys()
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, alone[key], rtol=0, atol=1e-6 if tensor.is_floating_point() else 0)
+    for rank, (state, held, kept) in enumerate(ranks(divided, world, name, run, range(1, 3))):
+        assert held <= -(-29 // world) + 1, "a rank holds its part and one row more"
+        assert same(kept, state) if rank == 1 else kept == {}
+
+
+@every_generator
+def test_features_are_divided_where_they_are_large(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = LearnedRun(samples=9, seed=2, global_batch=4)
+    needed = get_label_generator(name).state_bytes(run.samples, run.widths) / 2**30
+    for bound, expected in ((None, False), (2 * needed, False), (needed / 2, True)):
+        assert generator_of(name, run, divide_above=bound)._divided is expected  # type: ignore[attr-defined]
+    monkeypatch.setattr("mmsa_dist.label_generators.state.DIVIDE_ABOVE", needed / 2)
+    assert generator_of(name, run)._divided  # type: ignore[attr-defined]
+
+
 # --- cost
 
 
