@@ -187,7 +187,7 @@ def test_memory_and_resume_run(tmp_path: Path) -> None:
     folders = memory.sets(tmp_path, samples=700, narrow=64)
     small, large = (memory.read(folders[name], batches=8) for name in (memory.SMALL, memory.LARGE))
     assert small["samples"] == large["samples"] == 500  # never fewer than MOSI has, and never more than asked for
-    assert large["anonymous"] >= large["before"] > 0
+    assert large["anonymous"] > 0.9 * large["before"] > 0  # so small a set adds less than imports leave behind
     found = resume.measure(folders[memory.LARGE], tmp_path, rounds=1)
     assert all(found[who].keys() == resume.PLACES.keys() for who in ("ours", "webdataset"))
     assert all(0 < seconds < 60 for places in found.values() for (seconds,) in places.values())
