@@ -123,12 +123,12 @@ class GeneratedLabels(LabelGenerator):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         rows = self._samples.places_in(state.get("ids"))
-        for k, kept in self._features.items():
-            kept.load(_saved(state, f"feature.{k}", (self._samples.size, self._widths[k]))[rows])
         for name, tensor, by_sample in self._named():
             target = tensor[:-1] if by_sample else tensor
             loaded = _saved(state, name, tuple(target.shape))
             target.copy_(loaded.cpu()[rows] if by_sample else loaded)
+        for k, kept in self._features.items():
+            kept.load(_saved(state, f"feature.{k}", (self._samples.size, self._widths[k]))[rows])
 
     @classmethod
     def labels_in(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.label_generators import LabelGenerator, make_generator
-from mmsa_dist.label_generators import centres as centres_module
 from mmsa_dist.label_generators.base import join_step
 from mmsa_dist.systems.base import Prediction
 from shards.batch import Batch
@@ -345,7 +344,7 @@ def test_a_state_of_other_data_or_another_system_is_refused() -> None:
         ulgm(run).load_state_dict({})
     narrow = Run(samples=5, seed=1, global_batch=2, widths={"M": 5, "T": 3})
     wide = Run(samples=5, seed=1, global_batch=2, widths={"M": 5, "T": 4})
-    with pytest.raises(ConfigError, match=r"'feature.T' of shape \(5, 4\), this system's is \(5, 3\)"):
+    with pytest.raises(ConfigError, match=r"'sum.T' of shape \(2, 4\), this system's is \(2, 3\)"):
         ulgm(narrow).load_state_dict(ulgm(wide).state_dict())
     with pytest.raises(ConfigError, match=r"has no 'label.A'"):
         ulgm(run).load_state_dict(ulgm(wide).state_dict())
@@ -365,7 +364,7 @@ def test_re_summing_by_chunks_changes_no_more_than_rounding(monkeypatch: pytest.
     for epoch in (1, 2):
         epoch_steps(run, epoch, generator)
     running = generator.state_dict()
-    monkeypatch.setattr(centres_module, "CHUNK", 4)
+    monkeypatch.setattr("mmsa_dist.label_generators.kept.CHUNK", 4)
     generator.end_epoch()
     for name, tensor in generator.state_dict().items():
         torch.testing.assert_close(tensor, running[name], atol=1e-12, rtol=0)
