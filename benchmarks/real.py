@@ -98,7 +98,8 @@ def results(
         assert folder is not None, "a run that ended well has a result"
         found.append(run_folder.read_json(folder / "result.json"))
     command = (
-        f"mmsa-dist train {system} --recipe {recipe} --data {shards} --workers 2 --text.encoder {encoder} --seed S"
+        f"mmsa-dist train {system} --recipe {recipe} --data {record.portable(str(shards))} --workers 2 "
+        f"--text.encoder {encoder} --seed S"
     )
     return {
         "system": system,

@@ -62,11 +62,26 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     options = ["--trials=4", "--epochs=5", "--grace=1", "--max-concurrent=2", "--seed=10", "--alias=champion"]
     paths = ["--data", str(data), "--recipe", str(recipe), "--space", str(space), "--runs-dir", str(runs)]
     command = [sys.executable, "-c", SWEEP, "ufen_mtfn", *paths, *options]
-    done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=900, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=900, check=False
+        )
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"not done after {late.timeout} s:\n{seen(late.stdout)}\n{seen(late.stderr)}\n{last_signs(runs)}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (sweep,) = runs.glob("sweep-ufen_mtfn-*")
     after = json.loads(done.stdout.strip().splitlines()[-1])
     return Swept(data, runs, sweep, done.stdout, read_outcomes(sweep / "trials", "mae"), after)
+
+
+def seen(output: bytes | None) -> str:
+    return (output or b"").decode(errors="replace")[-3000:]
+
+
+def last_signs(runs: Path) -> str:
+    """What each trial's rank did last, and when."""
+    trials = sorted(runs.glob("*/trials/*"))
+    return "\n".join(f"{trial.name}: {run_folder.read_events(trial)[-3:]}" for trial in trials)
 
 
 pytestmark = pytest.mark.timeout(1000)
