@@ -15,7 +15,7 @@ from benchmarks import real, render, stall
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
-from benchmarks.data.readers import READERS, collated, from_npy, from_safetensors
+from benchmarks.data.readers import READERS, SAFETENSORS, collated, from_npy, from_safetensors
 from benchmarks.data.reading import Child
 from benchmarks.data.report import report
 from benchmarks.data.sets import FORMATS, Resident, written
@@ -184,23 +184,29 @@ def test_a_contestant_answers_from_a_process_of_its_own(formats: Path, tmp_path:
 
 
 def test_memory_and_resume_run(tmp_path: Path) -> None:
-    folders = memory.sets(tmp_path, samples=700, narrow=64)
-    small, large = (memory.read(folders[name], batches=8) for name in (memory.SMALL, memory.LARGE))
-    assert small["samples"] == large["samples"] == 500  # never fewer than MOSI has, and never more than asked for
-    assert large["anonymous"] > 0.9 * large["before"] > 0  # so small a set adds less than imports leave behind
+    folders = memory.sets(tmp_path, samples=9000, narrow=32)
+    small, large = memory.measure(folders, tmp_path / "cache").values()
+    assert large["samples"] > 4 * small["samples"]
+    assert min(small["anonymous"], large["anonymous"]) > large["before"] > 100e6, "batches come on top of the imports"
+    assert large["anonymous"] - small["anonymous"] < 0.1 * large["stored"], "what was read does not stay"
     found = resume.measure(folders[memory.LARGE], tmp_path, rounds=1)
     assert all(found[who].keys() == resume.PLACES.keys() for who in ("ours", "webdataset"))
     assert all(0 < seconds < 60 for places in found.values() for (seconds,) in places.values())
 
 
 def test_the_report_of_all_parts(formats: Path) -> None:
-    fast, slow = ([{"cpu": value, "wall": value / 2, "disk": 0}] for value in (100.0, 20.0))
+    fast, slow = ([{"cpu": value, "wall": value / 2, "disk": 800_000}] for value in (100.0, 20.0))
+    cached = [{**fast[0], "disk": 4096}]  # from the page cache: a cold epoch that was none
     results = {
         "bytes_per_sample": 110_000,
         "packing": {name: [] if form.needs else fast for name, form in FORMATS.items() if form.timed},
         "checksums": fast[0],
         "reading": {
-            name: {} if reader.needs else {"0": {"cold": slow, "warm": fast if name == "ours" else slow}}
+            name: {
+                readers: {"cold": cached if name == SAFETENSORS else slow, "warm": fast if name == "ours" else slow}
+                for readers in ("0", "2")
+                if not reader.needs
+            }
             for name, reader in READERS.items()
         },
         "memory": {
@@ -212,16 +218,21 @@ def test_the_report_of_all_parts(formats: Path) -> None:
             "webdataset": {"beginning": [0.1], "1 %": [0.2], "99 %": [9.0]},
         },
     }
-    options = Namespace(rounds=1, sessions=1, readers=[0], samples=10)
+    options = Namespace(rounds=1, sessions=1, readers=[0, 2], samples=10)
     rows, (table,) = report(options, results)
     bounds = {row.what: (row.value, row.met) for row in rows if row.wanted}
     assert bounds["reading, samples per CPU-second: ours / memory map + numpy"] == (5.0, True)
     assert bounds["packing: ours / webdataset's naive writer, per CPU-second"] == (1.0, False)
-    assert bounds["that peak, 10 times the samples / once"] == (1.0, True)
-    assert bounds["first batch after a restart at 1 % of the epoch / that"] == (pytest.approx(1.5), True)
-    assert bounds["first batch after a restart at 99 % of the epoch / that"] == (2.5, False)
-    assert ["litdata", "not installed", "", ""] in table.rows
-    assert ["ours", "100", "50", "10"] in table.rows
+    assert bounds["peak memory of a rank: 10 times the samples / once"] == (1.0, True)
+    assert bounds["first batch after a restart at 1 % of the epoch / of an epoch, both cold"] == (
+        pytest.approx(1.5),
+        True,
+    )
+    assert bounds["first batch after a restart at 99 % of the epoch / of an epoch, both cold"] == (2.5, False)
+    assert bounds["reading by the clock, 2 readers each: ours / webdataset, our shards (safetensors)"] == (5.0, True)
+    assert ["litdata", "not installed", "", "", "", "", ""] in table.rows
+    assert ["ours", "100", "100", "50", "50", "10", "10"] in table.rows
+    assert [SAFETENSORS, "20", "20", "10", "10", "", ""] in table.rows
 
 
 def test_stall_is_the_slowest_rank_of_the_counted_epochs() -> None:

@@ -6,7 +6,8 @@ included, and per second of the clock.
 
 Reading ends with batches of 64 samples padded to float32 torch tensors with labels, and everybody does the whole of it,
 with 0, 1, 2 and 4 readers: threads of ours, DataLoader workers of the others; 0 reads in the training process. Warm is
-from the page cache; cold is the first epoch of a process, opening included, on files dropped from it.
+from the page cache; cold is the first epoch of a process, opening included, on files dropped from it, which counts if
+they came from the disk.
 
 - raw read: the shards' bytes into a buffer, nothing else; the limit;
 - memory map, numpy or torch: the practical limit. One flat float16 file a modality, offsets in memory, shuffled,

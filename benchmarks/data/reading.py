@@ -101,20 +101,27 @@ def reading(folder: Path, settings: Iterable[int], sessions: int, rounds: int, r
 
 
 def _session(folder: Path, readers: int, rounds: int, rivals: Path | None, rates: Rates) -> None:
-    """Cold one after the other, then warm in rounds; what is read first after a start is not counted as warm."""
+    """Cold in turn, each process gone before the next begins: what one has mapped stays in the page cache, and several
+    read the same shards. Then warm in rounds; what is read first after a start is not counted.
+    """
+    names = [name for name, reader in READERS.items() if not (readers and reader.alone)]
     with ExitStack() as stack:
         children: dict[str, Child] = {}
-        for name, reader in READERS.items():
-            if readers and reader.alone:
-                continue
-            child = stack.enter_context(Child(["read", name, str(folder), str(readers)], rivals, folder / "cache"))
-            if "missing" not in child.answer():
-                children[name] = child
-        found = {name: rates[name].setdefault(str(readers), {"cold": [], "warm": []}) for name in children}
-        for name, child in children.items():
-            found[name]["cold"].append(child.answer("cold"))
+
+        def child(name: str) -> Child:
+            return Child(["read", name, str(folder), str(readers)], rivals, folder / "cache")
+
+        for name in names:
+            with child(name) as cold:
+                if "missing" not in cold.answer():
+                    found = rates[name].setdefault(str(readers), {"cold": [], "warm": []})
+                    found["cold"].append(cold.answer("cold"))
+        for name in names:
+            if str(readers) in rates[name]:
+                children[name] = stack.enter_context(child(name))
+                children[name].answer()
         for turn in range(1 + rounds):
-            for name, child in children.items():
-                answer = child.answer("warm")
+            for name, warm in children.items():
+                answer = warm.answer("warm")
                 if turn:
-                    found[name]["warm"].append(answer)
+                    rates[name][str(readers)]["warm"].append(answer)
