@@ -16,6 +16,7 @@ from typing import Any
 
 from mmsa_dist import checkpoint, run_folder
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
+from mmsa_dist.own_cluster import name_own_cluster
 from mmsa_dist.recipe import Recipe, from_dict
 from shards.listening import check_listens
 
@@ -274,7 +275,7 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     try:
         ray.init(
             address=address or "local",
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": environment, "worker_process_setup_hook": name_own_cluster},
             logging_level="error",
             log_to_driver=False,
             **local,

@@ -1,8 +1,8 @@
 """What a stopped trial had reserved of the cluster, given back.
 
 Ray kills a trial that is stopped early, and with it the controller that would have freed its ranks' placement group.
-Ray Train's own remedy asks the dashboard's state API, so it does nothing where the dashboard is off or where two
-clusters run on one machine: the sweep would wait for those CPUs for ever. The driver lives on and needs no dashboard.
+Ray Train's own remedy asks the dashboard's state API, so it does nothing where the dashboard is off: the sweep would
+wait for those CPUs for ever. The driver lives on and needs no dashboard.
 """
 
 import time
