@@ -153,6 +153,5 @@ def _quiet() -> None:
     """Tune tells of its trials at length; `Watch` does it in a line each."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "60")  # a stopped trial's process that does not end is killed
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -31,11 +31,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def started(out: Path, workers: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mmsa_dist", "pack", "generated", *OPTIONS, "--out", str(out)]
-    return subprocess.Popen(
-        [*command, "--workers", str(workers)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def started(out: Path, *crew: object) -> subprocess.Popen[str]:
+    """`mmsa-dist pack`, with the options that say who writes."""
+    command = [sys.executable, "-m", "mmsa_dist", "pack", "generated", *OPTIONS, "--out", out, *crew]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def left_of(out: Path) -> Path:
@@ -51,6 +50,10 @@ def wait_until(ready: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "set"
@@ -63,12 +66,12 @@ def test_the_same_command_goes_on(
     tmp_path: Path, undisturbed: dict[str, bytes], number: signal.Signals, workers: int
 ) -> None:
     out = tmp_path / "set"
-    process = started(out, workers)
+    process = started(out, "--workers", workers)
     wait_until(lambda: len(list(tmp_path.glob(f".set.packing-*/*{DONE}"))) >= 6)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 10)
+    wait_until(lambda: not any(map(lives, family)), 10)
     assert not out.exists()
     left = left_of(out)
     before = {path.name: path.stat() for path in left.iterdir()}
@@ -83,7 +86,9 @@ def test_the_same_command_goes_on(
         assert not any(name.endswith(".part") for name in before)
     assert "Traceback" not in said
 
-    process = started(out, 3 - workers)  # one process goes on where two were killed, and the other way round
+    process = started(
+        out, "--workers", 3 - workers
+    )  # one process goes on where two were killed, and the other way round
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
     assert f"packing: going on: {there} of {total} shards are there" in said
