@@ -175,6 +175,18 @@ def test_a_restart_is_invisible(ranks: Callable[..., Any], data: Path, tmp_path:
     assert moved["losses"][:n] == pytest.approx(again["losses"][:n], abs=1e-5)
 
 
+def test_a_restart_is_invisible_wherever_the_run_stopped(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    """Law 3: right after a checkpoint, in an epoch's last step, and in the first of the next."""
+    recipe = recipe_for("self_mm", data, checkpoint={"every_steps": 4}).dump()
+    whole = ranks(train, 2, tmp_path / "whole", recipe)[0]
+    assert len(whole["losses"]) == 12, "six steps an epoch"
+    for taken, saved in ((4, 4), (5, 4), (6, 6)):
+        ranks(train, 2, tmp_path / str(taken), recipe, taken)
+        again = ranks(train, 2, tmp_path / str(taken), recipe)[0]
+        assert again["losses"] == whole["losses"][saved:], taken
+        assert again["result"] == whole["result"], taken
+
+
 def test_the_test_split_is_sacred(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
     """Law 6: with its shards gone, everything works but the very last read, and not even that where it is not asked."""
     import shutil
