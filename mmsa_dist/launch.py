@@ -252,7 +252,9 @@ def cluster_address(recipe: Recipe) -> str | None:
 
 
 def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
-    """Joins the Ray cluster of the recipe or of the environment, else starts one here, on the loopback interface.
+    """Joins the Ray cluster of the recipe or of the environment, else starts one here.
+
+    Ray cannot be kept to the loopback interface: but for the dashboard, the cluster's ports are open to the network.
 
     Raises:
         ConfigError: more workers than this machine has CPUs. TransientError: the address does not answer.
@@ -270,7 +272,7 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     local: dict[str, Any] = {}
     if address is None:
         local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
-        local |= {"dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}  # of no use to others
+        local["dashboard_host"] = "127.0.0.1"  # of no use to others
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(

@@ -122,8 +122,9 @@ def publish(folder: Path, out: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: `out` was filled since `check_target`.
     """
-    for path in [folder / JOB, *folder.glob(f"*{DONE}")]:
-        path.unlink()
+    for path in folder.iterdir():  # the job, the records, and what a writer began whose driver is dead
+        if not _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     sync_folder(folder)
     if overwrite and out.exists():
         check_target(out, overwrite)

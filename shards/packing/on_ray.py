@@ -136,7 +136,7 @@ def _unpacked(reference: Any) -> Source:
 
 
 def _connect(address: str) -> bool:
-    """Joins the cluster, or starts one on the loopback interface; whether this process is now to leave it again.
+    """Joins the cluster, or starts one here; whether this process is now to leave it again.
 
     Raises:
         ConfigError: the address is none. TransientError: it does not answer.
@@ -149,10 +149,10 @@ def _connect(address: str) -> bool:
         return False
     if address not in (LOCAL, "auto"):
         check_listens(address, "--address")
-    own = {"include_dashboard": False, "dashboard_host": "127.0.0.1", "_node_ip_address": "127.0.0.1"}
+    own = {"include_dashboard": False} if address == LOCAL else {}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, logging_level="error", log_to_driver=False, **(own if address == LOCAL else {}))
+        ray.init(address=address, logging_level="error", log_to_driver=False, **own)
     except Exception as error:
         raise TransientError(
             f"--ray: no Ray cluster answers at {address}: {_line(error)}; start one (ray start --head) or leave the "

@@ -1,7 +1,22 @@
-"""Settings of the tests of data."""
+"""Settings of the tests of data, and the Ray cluster that some of them pack on."""
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 # a busy machine is slow, not wrong; and a failure must be the same failure when it is run again
 settings.register_profile("data", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("data")
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[str]:
+    """The address of a cluster on this machine, which this process has joined."""
+    import ray
+
+    from shards.packing.on_ray import _connect
+
+    assert _connect("local")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()

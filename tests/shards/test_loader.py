@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -32,10 +33,31 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return packed(tmp_path_factory.mktemp("data") / "made", utterances(COUNTS, absent=0.2))
 
 
+SETS = {
+    "one sample": (1, 8192),
+    "a sample a shard": (9, 1),
+    "one shard": (30, 1 << 20),
+    "few shards": (17, 20_000),
+    "many shards": (61, 8192),
+    "most": (131, 30_000),
+}
+"""Training samples, and about how many bytes a shard has."""
+
+MIXES = {"a mix": ("few shards", "many shards"), "an uneven mix": ("one sample", "one shard", "a sample a shard")}
+
+
 @pytest.fixture(scope="module")
-def mix(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Mix:
-    other = packed(tmp_path_factory.mktemp("data") / "other", utterances({"train": 17}, seed=1), name="other")
-    return Mix([index, other])
+def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AnyIndex]:
+    """`SETS` and `MIXES`, packed."""
+    folder = tmp_path_factory.mktemp("sets")
+    held: dict[str, AnyIndex] = {}
+    for seed, (name, (samples, shard_bytes)) in enumerate(SETS.items()):
+        made = utterances({"train": samples}, seed, absent=0.2 if samples > 9 else 0)
+        held[name] = index = packed(folder / str(seed), made, shard_bytes, name=f"set-{seed}")
+        assert index.splits["train"] == samples
+    shards = [len(held[name].shards_of("train")) for name in SETS]
+    assert shards[:3] == [1, 9, 1] and 1 < shards[3] < shards[5] < shards[4], shards
+    return held | {name: Mix([cast(Index, held[part]) for part in parts]) for name, parts in MIXES.items()}
 
 
 def make_loader(index: AnyIndex, readers: int, spec: BatchSpec | None = None) -> Loader:
@@ -56,9 +78,9 @@ def assert_equal(one: Batch, other: Batch) -> None:
     assert torch.equal(one.numbers, other.numbers) and torch.equal(one.weight, other.weight)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(
-    mixed=st.booleans(),
+    name=st.sampled_from([*SETS, *MIXES]),
     pool=st.integers(0, 3),
     seed=st.integers(0, 99),
     epoch=st.integers(1, 9),
@@ -70,9 +92,8 @@ def assert_equal(one: Batch, other: Batch) -> None:
     data=st.data(),
 )
 def test_law_2_through_real_shards(
-    index: Index,
-    mix: Mix,
-    mixed: bool,
+    sets: dict[str, AnyIndex],
+    name: str,
     pool: int,
     seed: int,
     epoch: int,
@@ -85,9 +106,10 @@ def test_law_2_through_real_shards(
 ) -> None:
     """Every key of the split once an epoch, over all ranks, with a restart in the middle at another number of ranks.
 
-    Of one data set or of two, sorted by length or not: each sample's length is looked up in its shard's table.
+    Of one data set of any size or of several, sorted by length or not: each sample's length is looked up in its
+    shard's table.
     """
-    held: AnyIndex = mix if mixed else index
+    held = sets[name]
     plan = training_plan(held, "train", seed, epoch, batch, window, pool, LENGTHS if pool else None)
     stop = data.draw(st.integers(0, plan.num_steps - 1), label="stop")
     after = data.draw(st.integers(1, 8), label="ranks after the restart")

@@ -18,8 +18,10 @@ from shards.errors import ConfigError, DataError, TransientError
 from shards.packing.job import Job
 from shards.packing.processes import chosen
 from shards.sources.generated import GeneratedSource
+from shards.sources.mmsa import MmsaSource
 from shards.utterance import SPLITS, Utterance
 from shards.write import pack
+from tests.shards import pickles
 from tests.shards.made import WIDTHS, Samples, packed, utterances
 
 COUNTS = {"train": 40, "valid": 9, "test": 11}
@@ -62,6 +64,28 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
     packed(folder / "one", samples, **options)
     packed(folder / "many", samples, workers=workers, **options)
     assert contents(folder / "one") == contents(folder / "many")
+
+
+def features(folder: Path, aligned: bool) -> Path:
+    """A feature pickle as it is published, with a label beyond the usual range and a value that is none."""
+    data = {name: pickles.split(name, count, aligned=aligned, unimodal=True) for name, count in COUNTS.items()}
+    data["train"]["text"][3, 0, 0] = np.nan
+    data["test"]["regression_labels"][-1] = 4.0
+    return pickles.written(folder, data)
+
+
+CHOSEN: dict[str, Any] = {"label_range": (-5.0, 5.0), "modalities": ("text", "vision")}
+"""Not the defaults: a copy of the source that forgot one of them would read something else."""
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_feature_pickle_gives_the_same_bytes_by_one_process_and_by_three(tmp_path: Path, aligned: bool) -> None:
+    source = MmsaSource(features(tmp_path, aligned), **CHOSEN)
+    index, one = pack(source, tmp_path / "one", shard_bytes=5_000, workers=1)
+    _, three = pack(source, tmp_path / "three", shard_bytes=5_000, workers=3)
+    assert all(len(index.shards_of(split)) > 3 for split in SPLITS) and index.num_samples == sum(COUNTS.values())
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert one == three and any("NaN or infinite; zeroed" in note for note in one)
 
 
 def test_notes_are_complete_whoever_packs(tmp_path: Path) -> None:
@@ -179,17 +203,6 @@ def test_how_many_processes_there_are() -> None:
 # --- Ray
 
 
-@pytest.fixture(scope="module")
-def own_ray() -> Iterator[str]:
-    import ray
-
-    from shards.packing.on_ray import _connect
-
-    assert _connect("local")
-    yield "local"
-    ray.shutdown()
-
-
 @pytest.mark.ray
 def test_the_bytes_are_the_same_on_ray(tmp_path: Path, own_ray: str) -> None:
     source = GeneratedSource("mosi", 60)
@@ -202,6 +215,22 @@ def test_the_bytes_are_the_same_on_ray(tmp_path: Path, own_ray: str) -> None:
     with pytest.raises(DataError, match="label M is 99"):
         packed(tmp_path / "wrong", samples, ray=own_ray)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_feature_pickle_gives_the_same_bytes_on_ray(
+    tmp_path: Path, own_ray: str, aligned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of Ray's processes opens the file anew, at the place where it is, wherever the process itself was begun."""
+    features(tmp_path, aligned)
+    monkeypatch.chdir(tmp_path)
+    source = MmsaSource(Path("features.pkl"), **CHOSEN)
+    index, here = pack(source, tmp_path / "here", shard_bytes=5_000)
+    _, there = pack(source, tmp_path / "there", shard_bytes=5_000, ray=own_ray)
+    assert all(len(index.shards_of(split)) > 3 for split in SPLITS)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    assert here == there
 
 
 @pytest.mark.ray

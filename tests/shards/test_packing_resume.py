@@ -1,12 +1,14 @@
 """A packing that is killed, stopped or interrupted: the same command goes on with the shards that are finished."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,58 @@ def test_the_same_command_goes_on(
         now = (out / name).stat()
         assert (now.st_ino, now.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns), name
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.ray
+def test_the_same_command_goes_on_after_the_driver_of_ray_was_killed(
+    tmp_path: Path, undisturbed: dict[str, bytes], own_ray: str
+) -> None:
+    """At once, while tasks of the driver that is dead may still write."""
+    out = tmp_path / "set"
+    process = started(out, "--ray", "--address", own_ray)
+    wait_until(lambda: process.poll() is not None or bool(list(tmp_path.glob(f".set.packing-*/*{DONE}"))))
+    process.kill()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGKILL, said
+    assert not out.exists()
+    before = {path.name: path.stat() for path in left_of(out).iterdir()}
+    there = [name.removesuffix(DONE) + ".tar" for name in before if name.endswith(DONE)]
+    total = sum(name.endswith(".tar") for name in undisturbed)
+    assert 1 <= len(there) < total
+
+    process = started(out, "--ray", "--address", own_ray)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    told = re.search(rf"packing: going on: (\d+) of {total} shards are there", said)
+    assert told and len(there) <= int(told[1]) < total
+    assert contents(out) == undisturbed
+    for name in there:
+        now = (out / name).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns), name
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    wait_until(lambda: not [p for p in psutil.Process().children(recursive=True) if lives(p) and is_at_work(p)])
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    """Whether it is one of Ray's that runs a task."""
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()[:1] == ["ray::_task"]
+    return False
+
+
+def test_what_a_lost_writer_leaves_is_no_part_of_the_data(tmp_path: Path) -> None:
+    """A task of a driver that is dead may begin a shard after its folder was taken over, and then be ended itself."""
+
+    class Haunted(GeneratedSource):
+        def read(self, split: str, number: int) -> Utterance:
+            for left in tmp_path.glob(".set.packing-*"):
+                (left / "train-00000.tar.another-node-1.part").write_bytes(b"half")
+                (left / ".train-00000.done.json.part").write_bytes(b"{")
+            return super().read(split, number)
+
+    pack(Haunted("mosi", 9), tmp_path / "set")
+    pack(GeneratedSource("mosi", 9), tmp_path / "again")
+    assert contents(tmp_path / "set") == contents(tmp_path / "again")
 
 
 class Stopped(GeneratedSource):

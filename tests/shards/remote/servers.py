@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -105,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
             script = self.server.script.get(name, [])
             answer = script.pop(0) if len(script) > 1 else script[0] if script else well
         path = self.server.folder / name
-        time.sleep(self.server.latency)
+        with self.server.waits():
+            time.sleep(self.server.latency)
         if not path.is_file():
             status(404)(self, b"")
             return
@@ -129,31 +131,63 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Web(ThreadingHTTPServer):
-    """Attributes: script: name -> answers to come, the last of them for ever. gets: requests, by name."""
+    """A server of a folder, by TLS where it is given a certificate.
+
+    Attributes:
+        script: name -> answers to come, the last of them for ever.
+        gets: requests, by name.
+        latency: seconds before each answer.
+        connections: how often somebody connected, whatever was said then.
+        peak: most requests that waited for their answer at the same time.
+    """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self._scheme = "https" if certificate else "http"
+        if certificate:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            # hands are shaken at the first reading, in the connection's own thread
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.folder = folder
         self.script: dict[str, list[Answer]] = {}
         self.gets: Counter[str] = Counter()
         self.latency = 0.0
+        self.connections = 0
+        self.peak = self._waiting = 0
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self.server_port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections += 1
+        super().process_request(request, client_address)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """A request waits. It ends before the answer begins: whoever has that may ask for the next at once."""
+        with self.lock:
+            self._waiting += 1
+            self.peak = max(self.peak, self._waiting)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._waiting -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing: clients hang up here."""
 
 
 @contextmanager
-def web(folder: Path) -> Iterator[Web]:
+def web(folder: Path, certificate: Path | None = None) -> Iterator[Web]:
     """A running web server."""
-    server = Web(folder)
+    server = Web(folder, certificate)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

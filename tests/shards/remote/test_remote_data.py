@@ -1,5 +1,6 @@
 """A data set in a bucket is read as one on this disk is: the same epochs, the same refusals, and no secret told."""
 
+import base64
 import errno
 import logging
 import subprocess
@@ -21,7 +22,7 @@ from shards.loader import Loader
 from shards.mix import Mix, open_reader
 from shards.plan import evaluation_plan, training_plan
 from shards.read import ShardReader
-from shards.remote.ahead import THREADS, Ahead, InOrder
+from shards.remote.ahead import THREADS, Ahead, InOrder, looking_ahead
 from shards.remote.cache import Cache
 from shards.remote.file import RemoteFile
 from shards.verify import check_shard
@@ -157,6 +158,21 @@ def test_shards_are_fetched_before_they_are_needed(local: Index) -> None:
         assert set(server.gets.values()) == {1}
 
 
+def test_no_more_are_downloaded_at_once_than_there_are_threads_for_it(local: Index) -> None:
+    """However many are asked for; and no fewer, while there are so many left."""
+    with servers.web(local.folder) as server:
+        index = Index.load(server.url)
+        plan = training_plan(index, "train", 1, 1, global_batch=8, window=3)
+        shards = index.shards_of("train")
+        assert len(shards) > 2 * THREADS
+        server.peak, server.latency = 0, 0.2
+        with looking_ahead(index, plan.order, 0, depth=len(index.shards)) as reach:
+            for step in range(plan.num_steps):
+                reach((step + 1) * plan.global_batch)
+            settle(lambda: all(index.tar_path(n).is_file() for n in shards))
+        assert server.peak == THREADS
+
+
 def settle(reached: Any) -> None:
     """Waits until something is so, and sees that it stays so."""
     deadline = time.monotonic() + 20
@@ -210,6 +226,20 @@ def told(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """All that is logged but what a library has to say to those who debug it, and turn it on by its name.
+
+    At that level botocore tells its requests, with the key's id, their signatures and the endpoint as it was given.
+    """
+    assert any(record.levelno == logging.DEBUG for record in caplog.records), "nobody was asked for so much"
+    ours = ("root", "shards", "mmsa_dist")
+    return "\n".join(
+        caplog.handler.format(record)
+        for record in caplog.records
+        if record.levelno > logging.DEBUG or record.name.partition(".")[0] in ours
+    )
+
+
 @pytest.mark.parametrize("wrong", ["key", "bucket", "object", "endpoint"])
 def test_no_secret_in_errors_and_logs(
     bucket: Bucket,
@@ -219,7 +249,7 @@ def test_no_secret_in_errors_and_logs(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     if wrong == "endpoint":
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '')}@127.0.0.1:1")
         from shards.remote import store
@@ -236,11 +266,59 @@ def test_no_secret_in_errors_and_logs(
         monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(MmsaError) as error:
         Index.load(place)
-    said = told(error.value) + caplog.text + "".join(capfd.readouterr())
+    said = told(error.value) + logged(caplog) + "".join(capfd.readouterr())
     for secret in (SECRET, SECRET.replace("/", ""), KEY):
         assert secret not in said
+    assert SECRET not in caplog.text, "a library tells the key itself"
     chain = told(error.value)
     assert "botocore" not in chain and "aiohttp" not in chain, "another library's traceback"
+
+
+def test_no_secret_in_what_is_logged_while_all_goes_well(
+    bucket: Bucket, address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from shards.remote import store
+
+    store._filesystem.cache_clear()  # credentials are looked up anew
+    caplog.set_level(logging.DEBUG)
+    with ShardReader(Index.load(address)) as reader:
+        assert reader.sample(0).key
+    said = logged(caplog) + "".join(capfd.readouterr())
+    assert SECRET not in said and KEY not in said
+    assert SECRET not in caplog.text, "a library tells the key itself"
+
+
+@pytest.mark.parametrize("given", [SECRET, "a wrong one"])
+def test_a_password_in_netrc_is_used_and_not_told(
+    tmp_path: Path,
+    local: Index,
+    given: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Not by a library either, whatever it is asked for."""
+    credentials = base64.b64encode(f"{KEY}:{SECRET}".encode()).decode()
+
+    def asks(handler: servers.Handler, data: bytes) -> None:
+        known = handler.headers["Authorization"] == f"Basic {credentials}"
+        (servers.well if known else status(401))(handler, data)
+
+    (tmp_path / "netrc").write_text(f'machine 127.0.0.1 login {KEY} password "{given}"\n')
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    caplog.set_level(logging.DEBUG)
+    with servers.web(local.folder) as server:
+        server.script["index.json"] = [asks]
+        if given == SECRET:
+            assert Index.load(server.url).fingerprint == local.fingerprint
+            said = ""
+        else:
+            with pytest.raises(ConfigError, match="access is denied") as error:
+                Index.load(server.url)
+            said = told(error.value)
+    said += caplog.text + "".join(capfd.readouterr())
+    assert not [secret for secret in (given, KEY, credentials) if secret in said]
 
 
 def test_no_signature_of_a_redirect_is_told(tmp_path: Path, local: Index) -> None:
