@@ -11,6 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,15 @@ def write_flat(source: Resident, out: Path, shard_bytes: int) -> None:
                 file.write(u.modalities[name].astype(np.float16).tobytes())
 
 
-def write_bytes(source: Resident, out: Path, shard_bytes: int) -> None:
-    """What no packing that keeps checksums can save: the samples to float16, hashed, written, onto the disk."""
+def write_bytes(source: Resident, out: Path, shard_bytes: int, first: int = 0, every: int = 1) -> None:
+    """What no packing that keeps checksums can save: the samples to float16, hashed, written, onto the disk.
+
+    Args:
+        first, every: one process's part of the samples, where several share them.
+    """
     out.mkdir(parents=True)
-    utterances = source.utterances()
-    for shard in range(-(-source.bytes // shard_bytes)):
+    utterances = islice(source.utterances(), first, None, every)
+    for shard in range(1 + source.bytes // (every * shard_bytes)):
         digest, size = hashlib.sha256(), 0
         with (out / f"{shard:05d}").open("wb") as file:
             for u in utterances:
