@@ -229,7 +229,10 @@ def test_the_report_of_all_parts(formats: Path) -> None:
         True,
     )
     assert bounds["first batch after a restart at 99 % of the epoch / of an epoch, both cold"] == (2.5, False)
-    assert bounds["reading by the clock, 2 readers each: ours / webdataset, our shards (safetensors)"] == (5.0, True)
+    by_clock = "reading by the clock, {}, 2 readers: ours / webdataset, our shards (safetensors)"
+    assert bounds[by_clock.format("warm")] == (5.0, True)
+    assert by_clock.format("cold") not in bounds, "theirs was not cold"
+    assert bounds["reading by the clock, cold, 2 readers: ours / memory map + numpy"] == (1.0, True)
     assert ["litdata", "not installed", "", "", "", "", ""] in table.rows
     assert ["ours", "100", "100", "50", "50", "10", "10"] in table.rows
     assert [SAFETENSORS, "20", "20", "10", "10", "", ""] in table.rows
