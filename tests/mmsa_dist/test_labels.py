@@ -95,6 +95,29 @@ def test_a_finished_run_shows_its_labels(
     assert lacking == sum(3 - len(source.read("train", n).modalities) for n in range(36)) > 0
 
 
+def test_a_mix_tells_the_samples_of_its_sets_apart(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have samples of the same keys, whose labels differ."""
+    source = TinySource(40, seed=1)
+    pack(source, tmp_path / "other", dtype="float32", name="other")
+    recipe = recipe_for("self_mm", data, train={"epochs": 1}).dump()
+    recipe["data"]["path"] = [str(data), str(tmp_path / "other")]
+    folder = tmp_path / RUN
+    ranks(train, 1, folder, recipe)
+    run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe))
+    file = tmp_path / "labels.csv"
+    assert main(["labels", str(folder), "--cases", "99", "--to", str(file)]) == 0
+    shown = capsys.readouterr().out
+    truth = {row["key"]: float(row["y_m"]) for row in rows_of(file)}
+    assert len(truth) == 36 + source.counts["train"]
+    for name, held in (("tiny", TinySource(60, absent=0.2)), ("other", source)):
+        for n in range(held.counts["train"]):
+            u = held.read("train", n)
+            assert truth[f"synthetic-{name}/{u.key}"] == pytest.approx(u.labels["M"], abs=1e-5)
+            assert f"synthetic-{name}/{u.key} " in shown
+
+
 def labelled(table: Any) -> list[tuple[str, float]]:
     return list(zip(table["key"].to_pylist(), table["label_M"].to_pylist(), strict=True))
 
