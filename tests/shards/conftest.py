@@ -10,9 +10,8 @@ settings.register_profile("data", deadline=None, max_examples=60, derandomize=Tr
 settings.load_profile("data")
 
 
-@pytest.fixture(scope="module")
-def own_ray() -> Iterator[str]:
-    """The address of a cluster on this machine, which this process has joined."""
+def _own_ray() -> Iterator[str]:
+    """The address of a cluster that this process has joined: what it packs on Ray meanwhile, it packs there."""
     import ray
 
     from shards.packing.on_ray import _connect
@@ -20,3 +19,7 @@ def own_ray() -> Iterator[str]:
     assert _connect("local")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+own_ray = pytest.fixture(_own_ray, scope="module")
+own_ray_for_one_test = pytest.fixture(_own_ray)

@@ -103,11 +103,11 @@ def test_the_same_command_goes_on(
 
 @pytest.mark.ray
 def test_the_same_command_goes_on_after_the_driver_of_ray_was_killed(
-    tmp_path: Path, undisturbed: dict[str, bytes], own_ray: str
+    tmp_path: Path, undisturbed: dict[str, bytes], own_ray_for_one_test: str
 ) -> None:
     """At once, while tasks of the driver that is dead may still write."""
     out = tmp_path / "set"
-    process = started(out, "--ray", "--address", own_ray)
+    process = started(out, "--ray", "--address", own_ray_for_one_test)
     wait_until(lambda: process.poll() is not None or bool(list(tmp_path.glob(f".set.packing-*/*{DONE}"))))
     process.kill()
     said = process.communicate(timeout=60)[1]
@@ -118,7 +118,7 @@ def test_the_same_command_goes_on_after_the_driver_of_ray_was_killed(
     total = sum(name.endswith(".tar") for name in undisturbed)
     assert 1 <= len(there) < total
 
-    process = started(out, "--ray", "--address", own_ray)
+    process = started(out, "--ray", "--address", own_ray_for_one_test)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     told = re.search(rf"packing: going on: (\d+) of {total} shards are there", said)
