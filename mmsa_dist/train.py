@@ -12,7 +12,7 @@ import yaml
 
 from mmsa_dist import launch, run_folder, session
 from mmsa_dist.checks import check_system
-from mmsa_dist.errors import ConfigError, MmsaError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
 from shards.mix import AnyIndex, Mix
@@ -66,7 +66,11 @@ def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
 
 
 def quarantined(recipe: Recipe) -> Recipe:
-    """The recipe without the shards that are damaged, where it asks for that; says which they are."""
+    """The recipe without the shards that are damaged, where it asks for that; says which they are.
+
+    Raises:
+        DataError: they are all that there is for training, or for validation.
+    """
     if not recipe.data.quarantine:
         return recipe
     index = session.open_index(recipe)
@@ -74,6 +78,9 @@ def quarantined(recipe: Recipe) -> Recipe:
     if not found:
         return recipe
     lost = {split: sum(shard.samples for shard in found if shard.split == split) for split in index.splits}
+    for shard in found:
+        if shard.split in ("train", "valid") and lost[shard.split] == index.splits[shard.split]:
+            raise DataError(f"data.quarantine: no {shard.split} shard of {index.where} is whole, e.g. {shard.why}")
     said = ", ".join(f"{count:,} of {index.splits[split]:,} {split}" for split, count in lost.items() if count)
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {counted(len(found), 'damaged shard')} left out, {said} samples lost:", flush=True)

@@ -97,6 +97,8 @@ def shared(index: Index, digests: Digests) -> Shared:
 def transcripts(index: Index, show: Show = lambda numbers, total, what: numbers) -> dict[str, Any] | None:
     """Transcripts that occur in more than one split; None where the data set has none. Reads every shard's text.
 
+    One without a word is not compared.
+
     Raises:
         DataError: a shard is missing or does not hold what its table says.
     """
@@ -116,6 +118,7 @@ def transcripts(index: Index, show: Show = lambda numbers, total, what: numbers)
         groups = sorted(found.groups, key=lambda group: (-int(words[group[0]]), int(group[0])))
         examples = [_example(index, reader, group) for group in groups[:EXAMPLES]]
     return {
+        "compared": int(np.count_nonzero(digests)),
         "in_several_splits": len(groups),
         "of_them_long": sum(int(words[group[0]]) >= LONG for group in groups),
         "samples": found.samples,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shards.errors import ConfigError, DataError
 from shards.index import Index
+from shards.trust import QUARANTINE
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def damaged(index: Index) -> list[Damaged]:
             index.table(n)
             index.expected_tar(n).check()
         except DataError as error:
-            found.append(Damaged(address(index, n), shard.split, shard.samples, str(error)))
+            found.append(Damaged(address(index, n), shard.split, shard.samples, str(error).removesuffix(QUARANTINE)))
     return found
 
 

@@ -187,6 +187,8 @@ def _checked(told: dict[str, Any]) -> list[RenderableType]:
     if told["transcripts"] is None:
         why = "left out (--fast)" if told["raw_text"] else "the data set has none"
         lines.append(f"- transcripts were not compared between splits: {why}")
+    elif not told["transcripts"]["compared"]:
+        lines.append("- transcripts were not compared between splits: none of them has a word")
     elif not told["transcripts"]["in_several_splits"]:
         lines.append("- no transcript occurs in more than one split")
     if told["videos"] is None:

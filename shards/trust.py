@@ -31,6 +31,8 @@ it is verified but not remembered."""
 _verified: set[str] = set()
 """What this process has verified, should there be no folder to remember it in."""
 
+QUARANTINE = " (train --data.quarantine leaves such shards out)"
+"""End of a message on a damaged file."""
 
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
 """Errors that say nothing of the data: too many open files, no memory, a disk or its server that does not answer."""
@@ -114,7 +116,7 @@ class Expected:
         if status.st_size != self.bytes:
             raise DataError(
                 f"{self.path}: has {status.st_size} bytes, expected {self.bytes}: it is truncated or not the file that "
-                "was packed; copy it again or pack again (train --data.quarantine leaves such shards out)"
+                f"was packed; copy it again or pack again{QUARANTINE}"
             )
         return status
 
@@ -137,7 +139,7 @@ class Expected:
             if found != self.sha256:
                 raise DataError(
                     f"{self.path}: sha256 is {found}, expected {self.sha256}: its bytes are damaged or not the ones "
-                    "that were packed; copy it again or pack again (train --data.quarantine leaves such shards out)"
+                    f"that were packed; copy it again or pack again{QUARANTINE}"
                 )
             after = self.check_size()
             if self._marker(after) == marker and time.time_ns() - self._changed_ns(after) > _UNSETTLED_NS:

@@ -85,7 +85,9 @@ class Files:
         self._names = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
         # modality -> id -> path, of those that are there
         self._there = {m: {key: path for key, path in its.items() if self._has(path, m)} for m, its in paths.items()}
-        wanted = [m for m in paths if self._there[m] or m in _asked(columns)]
+        # without features of text its transcripts may do; without a file of audio or vision somebody forgot a folder
+        told = _asked(columns) | ({"audio", "vision"} if strict else set())
+        wanted = [m for m in paths if self._there[m] or m in told]
         missing = {m: [path for key, path in paths[m].items() if key not in self._there[m]] for m in wanted}
         if not any(self._there.values()):
             raise DataError(f"{folder}: {self._nothing(paths)}")
@@ -93,12 +95,18 @@ class Files:
             if missing[modality] and (strict or not self._there[modality]):
                 raise DataError(
                     f"{folder}: {modality} of {counted(len(missing[modality]), 'utterance')} is missing, e.g. "
-                    f"{missing[modality][0]}" + ("; leave --strict out where that may be" if strict else "")
+                    f"{missing[modality][0]}"
+                    + ("; leave --strict out where that may be" if strict and self._there[modality] else "")
+                    + ("" if self._there[modality] else f"; {_OPTIONS[modality]} none where there is to be none")
                 )
         self.missing = {modality: len(files) for modality, files in missing.items() if files}
         self._notes = [
             f"{m}: {n:,} of {counted(len(paths[m]), 'utterance')} {has(n)} no file, e.g. {missing[m][0]}"
             for m, n in self.missing.items()
+        ] + [
+            f"{m}: no utterance has a file, e.g. {next(iter(paths[m].values()))}: left out ({_OPTIONS[m]} none says so)"
+            for m in paths
+            if m not in wanted and m != "text"
         ]
         self.widths = {modality: self._width(modality) for modality in wanted}
         self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest()}
@@ -109,7 +117,14 @@ class Files:
         for modality in self.widths:
             if key in self._there[modality]:
                 with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is then counted
-                    found[modality] = np.array(self._array(self._there[modality][key], modality), np.float32)
+                    path = self._there[modality][key]
+                    array = self._array(path, modality)
+                    if len(array) and array.shape[1] != (width := self.widths[modality]):
+                        raise DataError(
+                            f"{self._folder / path}: {modality} is {describe(array)}, expected (steps, {width}) as in "
+                            f"{next(iter(self._there[modality].values()))}; correct it, or remove its row from the csv"
+                        )
+                    found[modality] = np.array(array, np.float32)
         return found
 
     def notes(self) -> list[str]:
@@ -210,6 +225,9 @@ def _asked(columns: FileColumns) -> set[str]:
     return {m for m, option in options.items() if getattr(columns, option) not in (m, "none")}
 
 
+_OPTIONS = {"text": "--text-features", "audio": "--audio", "vision": "--vision"}
+
+
 def _some(folder: Path) -> Iterator[str]:
     """Paths of features in the folder, as examples."""
     for where, folders, files in os.walk(folder):
@@ -220,4 +238,7 @@ def _some(folder: Path) -> Iterator[str]:
 
 
 def _unreadable(file: Path, error: BaseException) -> DataError:
-    return DataError(f"{file}: cannot be read as numbers without pickled objects: {' '.join(str(error).split())}")
+    return DataError(
+        f"{file}: cannot be read as numbers without pickled objects: {' '.join(str(error).split())}; "
+        "it may be cut short: copy it again, or write it again with np.save"
+    )

@@ -97,5 +97,10 @@ def test_nothing_left(index: Index) -> None:
     for n, shard in enumerate(index.shards):
         if shard.split == "valid":
             index.tar_path(n).unlink()
-    with pytest.raises(ConfigError, match="has no valid samples"):
+    with pytest.raises(DataError, match=r"no valid shard of .* is whole, e\.g\. .*valid-00000\.tar: .* pack again$"):
         train.check(asked(index, quarantine=True))
+
+
+def test_what_is_done_already_is_not_advised(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    train.check(asked(index, quarantine=True))
+    assert "--data.quarantine" not in capsys.readouterr().out

@@ -147,12 +147,20 @@ LEAKY = [
 ]
 
 
+def test_transcripts_without_a_word_are_not_called_compared(tmp_path: Path) -> None:
+    wordless = [said(f"v{n}$_$1", split, "…") for n, split in enumerate(SPLITS)]
+    told = summary(packed(tmp_path / "set", wordless))
+    text = " ".join(rendered(told).split())
+    assert "transcripts were not compared between splits: none of them has a word" in text
+    assert "no transcript occurs" not in text
+
+
 def test_transcripts_and_videos_in_several_splits(tmp_path: Path) -> None:
     index = packed(tmp_path / "set", LEAKY)
     told = summary(index)
     texts = told["transcripts"]
     # "thank you" in all three splits, the film in two; punctuation alone is no transcript; twice in train is no leak
-    assert (texts["in_several_splits"], texts["of_them_long"]) == (2, 1)
+    assert (texts["compared"], texts["in_several_splits"], texts["of_them_long"]) == (7, 2, 1)
     assert texts["samples"] == {"train": 2, "valid": 1, "test": 2}
     film, thanks = texts["examples"]
     assert film["text"] == "I really did like this film!"

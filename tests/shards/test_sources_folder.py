@@ -228,7 +228,9 @@ def test_a_file_that_is_damaged(tmp_path: Path, together: bool) -> None:
 
 def test_widths_that_differ(tmp_path: Path) -> None:
     given = {"audio": {**arrays()["audio"], "v1/1": np.zeros((3, 4))}}
-    with pytest.raises(DataError, match=r"id 'v1_1': audio has shape \(3, 4\), expected \(steps, 5\)"):
+    with pytest.raises(
+        DataError, match=r"/audio/v1/1\.npy: audio is .*\(3, 4\).*, expected \(steps, 5\) as in audio/v0/0\.npy; "
+    ):
         pack(source(tmp_path, given), tmp_path / "set")
     empty = {"audio": {key: np.zeros((0, 5)) for key in arrays()["audio"]}}
     assert "audio has length zero in every file" in refused(tmp_path, DataError, empty)
@@ -236,3 +238,15 @@ def test_widths_that_differ(tmp_path: Path) -> None:
 
 def test_contradictions(tmp_path: Path) -> None:
     assert "has 6 valid rows already" in refused(tmp_path, ConfigError, hold_out_valid=2)
+
+
+def test_a_modality_without_any_file_is_told_of_and_refused_where_all_must_be_there(tmp_path: Path) -> None:
+    """A folder that was not copied is not taken for a data set without vision in silence."""
+    given = {"text": arrays()["text"], "audio": arrays()["audio"]}
+    of = source(tmp_path, given)
+    assert list(of.widths) == ["text", "audio"]
+    assert of.notes() == ["vision: no utterance has a file, e.g. vision/v0/0.npy: left out (--vision none says so)"]
+    said = refused(tmp_path, DataError, given, strict=True)
+    assert "vision of 24 utterances is missing, e.g. vision/v0/0.npy; --vision none where there is to be none" in said
+    named = source(tmp_path, given, vision="none", strict=True)
+    assert list(named.widths) == ["text", "audio"] and named.notes() == []
