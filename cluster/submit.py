@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
-CONNECT_SECONDS = 8.0
-"""How long the head may take to answer before it counts as unreachable."""
+CONNECT_SECONDS = 20.0
+"""How long the head may take to answer before it counts as unreachable; a busy one takes its time."""
 RECONNECTS = 30
 """How often in a row a broken log stream is taken up again, a second or two apart, before giving up."""
 STOPPED = 143

@@ -9,7 +9,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mmsa_dist import checkpoint, run_folder
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
 from mmsa_dist.own_cluster import name_own_cluster
 from mmsa_dist.recipe import Recipe, from_dict
-from shards.listening import check_listens
+from shards import ray_cluster
 
 RANK_ENVIRONMENT = {
     # two ranks on two cores must not spin at barriers: one epoch was seen to take 1 to 42 s so
@@ -243,7 +242,7 @@ def check_place(recipe: Recipe) -> None:
 
             check_gpus(recipe, torch.cuda.device_count(), "this machine")
     elif recipe.launch.launcher == "ray" and address not in (None, "auto"):
-        check_listens(str(address), "launch.address")
+        ray_cluster.check_listens(str(address), "launch.address")
 
 
 def cluster_address(recipe: Recipe) -> str | None:
@@ -269,27 +268,12 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     check_place(recipe)
     address = cluster_address(recipe)
     environment = {**RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker)}
-    local: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     if address is None:
-        local = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
-        local["dashboard_host"] = "127.0.0.1"  # of no use to others
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=address or "local",
-            runtime_env={"env_vars": environment, "worker_process_setup_hook": name_own_cluster},
-            logging_level="error",
-            log_to_driver=False,
-            **local,
-        )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own ends this process on the spot, with another exit code
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise TransientError(
-            f"launch.address: no Ray cluster answers at {address or 'this machine'}: {reason}; "
-            "start one (ray start --head) or leave the address out"
-        ) from error
+        own = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
+        own["dashboard_host"] = "127.0.0.1"  # of no use to others
+    runtime = {"env_vars": environment, "worker_process_setup_hook": name_own_cluster}
+    ray_cluster.join(address or ray_cluster.LOCAL, "launch.address", runtime_env=runtime, **own)
 
 
 def check_cpus(recipe: Recipe, cpus: int, where: str) -> None:

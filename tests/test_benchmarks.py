@@ -3,6 +3,7 @@
 import json
 import re
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from benchmarks.data.foreign import installed
 from benchmarks.data.readers import READERS, SAFETENSORS, collated, from_npy, from_safetensors
 from benchmarks.data.reading import Child
 from benchmarks.data.report import report
-from benchmarks.data.sets import FORMATS, Resident, written
+from benchmarks.data.sets import FORMATS, Resident, write_bytes, written
+from benchmarks.packing import written_by
 from benchmarks.record import Row, Table, portable, record
 from shards.index import Index
 from shards.read import ShardReader
+from shards.utterance import Utterance
 
 PAGE = "before\n<!-- real:begin -->\nold\n<!-- real:end -->\n<!-- figures:begin -->\n<!-- figures:end -->\nafter\n"
 
@@ -169,6 +172,24 @@ def test_rivals_batch_what_ours_does(formats: Path) -> None:
         wanted = sum(float(sample.modalities["audio"].astype(np.float64).sum()) for sample in mine)
         assert float(batch["audio"].double().sum()) == pytest.approx(wanted, rel=1e-6)
         assert batch["audio"].dtype == torch.float32
+
+
+def test_the_limit_of_packing_writes_all_that_any_packing_has_to(tmp_path: Path) -> None:
+    """In one process or in two, the same samples: their float16 numbers, and no byte more."""
+    source = Resident("mosei", SAMPLES)
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    write_bytes(source, alone, 2**20)
+    written_by(2, source, shared, 2**20)
+    whole = b"".join(file.read_bytes() for file in sorted(alone.iterdir()))
+    assert whole == b"".join(stored(u) for u in source.utterances())
+    assert len(list(alone.iterdir())) > 1, "shards, as ours"
+    for part in (0, 1):
+        its = b"".join(file.read_bytes() for file in sorted((shared / str(part)).iterdir()))
+        assert its == b"".join(stored(u) for u in islice(source.utterances(), part, None, 2))
+
+
+def stored(utterance: Utterance) -> bytes:
+    return b"".join(array.astype(np.float16).tobytes() for array in utterance.modalities.values())
 
 
 def test_a_contestant_answers_from_a_process_of_its_own(formats: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from benchmarks.data.readers import NUMPY, OURS, RAW, READERS, SAFETENSORS
 from benchmarks.data.sets import LIMIT
 from benchmarks.record import Row, Table
 from benchmarks.render import significant
+from shards.suggest import counted
 
 NAIVE = "webdataset, .npy members"
 BOUNDS = {NUMPY: 0.8, SAFETENSORS: 3.0}
@@ -61,7 +62,7 @@ def packing_rows(options: argparse.Namespace, results: dict[str, Any]) -> list[R
 
 def reading_rows(options: argparse.Namespace, rates: dict[str, Any], checksums: dict[str, float]) -> list[Row]:
     first = str(min(options.readers))
-    how = f"best of {options.sessions * options.rounds}, warm, {first} readers"
+    how = f"best of {options.sessions * options.rounds}, warm, {counted(int(first), 'reader')}"
 
     def value(name: str) -> float | None:
         return best(rates[name][first]["warm"]) if first in rates[name] else None
@@ -87,7 +88,7 @@ def reading_rows(options: argparse.Namespace, rates: dict[str, Any], checksums: 
             both = [rates[name].get(readers, {}).get(state) for name in (OURS, other)]
             if all(both):
                 ratio = best(both[0], "wall") / best(both[1], "wall")
-                what = f"reading by the clock, {state}, {readers} readers: ours / {other}"
+                what = f"reading by the clock, {state}, {counted(int(readers), 'reader')}: ours / {other}"
                 rows.append(Row(what, ratio, "x", f">= {BOUNDS[other]:g}", how, ratio >= BOUNDS[other]))
     rows.append(Row("checksums, once a file and node", checksums["cpu"], "samples/CPU-s", how="once"))
     return rows

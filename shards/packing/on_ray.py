@@ -1,25 +1,21 @@
 """Shards made by Ray tasks, one a shard, on every node that sees the folder."""
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self, cast
 
-from shards.errors import ConfigError, TransientError
+from shards import ray_cluster
+from shards.errors import ConfigError
 from shards.half import worth_torch
-from shards.listening import check_listens
 from shards.packing.job import Job, Piece
 from shards.packing.processes import InOrder, LostError, attempt
 from shards.packing.shard import Record, Report, make
+from shards.ray_cluster import LOCAL
 from shards.sources import Source
 from shards.workspace import JOB
-
-LOCAL = "local"
-"""The address that starts a Ray of our own on this machine."""
 
 _RETRIES = 2
 """How often Ray does a task again whose node or process is lost; doing it twice gives the same bytes."""
@@ -148,18 +144,8 @@ def _connect(address: str) -> bool:
     if ray.is_initialized():
         return False
     if address not in (LOCAL, "auto"):
-        check_listens(address, "--address")
-    own = {"include_dashboard": False} if address == LOCAL else {}
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, logging_level="error", log_to_driver=False, **own)
-    except Exception as error:
-        raise TransientError(
-            f"--ray: no Ray cluster answers at {address}: {_line(error)}; start one (ray start --head) or leave the "
-            "address out"
-        ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray's own ends this process on the spot
+        ray_cluster.check_listens(address, "--address")
+    ray_cluster.join(address, "--ray", **({"include_dashboard": False} if address == LOCAL else {}))
     return True
 
 

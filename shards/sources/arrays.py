@@ -19,7 +19,7 @@ import numpy as np
 
 from shards.errors import ConfigError, DataError
 from shards.files import sha256_of
-from shards.sources.columns import Columns
+from shards.sources.columns import Columns, feature_names, feature_option
 from shards.sources.lengths import whole
 from shards.sources.pickles import describe
 from shards.suggest import nearest
@@ -45,7 +45,7 @@ class Arrays:
                 self._rows = {value: row for row, value in enumerate(ids)}
                 if len(self._rows) != len(ids):
                     raise DataError(f"{path}: {id_array} names {len(ids) - len(self._rows)} ids more than once")
-                wanted = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
+                wanted = feature_names(columns)
                 if not any(wanted.values()):
                     raise ConfigError(
                         f"{path} is given, but no array of it is named; add --audio, --vision or --text-features "
@@ -105,7 +105,7 @@ class Arrays:
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """(values, starts, lengths): (N, T, D) with starts None, or (S, D) with both; lengths None strips zeros."""
         name, _, lengths_name = (spec or "").partition(":")
-        option = "--text-features" if modality == "text" else f"--{modality}"
+        option = feature_option(modality)
         values = self._array(archive, name, option)
         if values.dtype.kind not in "iuf" or values.ndim not in (2, 3):
             raise DataError(

@@ -88,3 +88,17 @@ class FileColumns(CsvColumns):
     """What audio features are called; none leaves them out."""
     vision: _Name = "vision"
     """What vision features are called; none leaves them out."""
+
+
+FEATURES = {"text": "text_features", "audio": "audio", "vision": "vision"}
+"""modality -> the field of `Columns` and of `FileColumns` that says what its features are called."""
+
+
+def feature_names(columns: Columns | FileColumns) -> dict[str, str | None]:
+    """modality -> what its features are called."""
+    return {modality: getattr(columns, field) for modality, field in FEATURES.items()}
+
+
+def feature_option(modality: str) -> str:
+    """The command line's option for that, e.g. ``--text-features``."""
+    return "--" + FEATURES[modality].replace("_", "-")

@@ -18,12 +18,11 @@ import numpy as np
 from shards.errors import ConfigError, DataError
 from shards.files import sha256_of
 from shards.sources.arrays import DAMAGE
-from shards.sources.columns import FileColumns
+from shards.sources.columns import FileColumns, feature_names, feature_option
 from shards.sources.pickles import describe
 from shards.sources.rows import Rows
 from shards.sources.table import CsvSource, Features
 from shards.suggest import counted, has
-from shards.utterance import MODALITIES
 
 
 class FolderSource(CsvSource):
@@ -82,7 +81,7 @@ class Files:
         self, folder: Path, paths: Mapping[str, Mapping[str, str]], columns: FileColumns, strict: bool
     ) -> None:
         self._folder = folder
-        self._names = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
+        self._names = feature_names(columns)
         # modality -> id -> path, of those that are there
         self._there = {m: {key: path for key, path in its.items() if self._has(path, m)} for m, its in paths.items()}
         # without features of text its transcripts may do; without a file of audio or vision somebody forgot a folder
@@ -97,14 +96,15 @@ class Files:
                     f"{folder}: {modality} of {counted(len(missing[modality]), 'utterance')} is missing, e.g. "
                     f"{missing[modality][0]}"
                     + ("; leave --strict out where that may be" if strict and self._there[modality] else "")
-                    + ("" if self._there[modality] else f"; {_OPTIONS[modality]} none where there is to be none")
+                    + ("" if self._there[modality] else f"; {feature_option(modality)} none where there is to be none")
                 )
         self.missing = {modality: len(files) for modality, files in missing.items() if files}
         self._notes = [
             f"{m}: {n:,} of {counted(len(paths[m]), 'utterance')} {has(n)} no file, e.g. {missing[m][0]}"
             for m, n in self.missing.items()
         ] + [
-            f"{m}: no utterance has a file, e.g. {next(iter(paths[m].values()))}: left out ({_OPTIONS[m]} none says so)"
+            f"{m}: no utterance has a file, e.g. {next(iter(paths[m].values()))}: left out "
+            f"({feature_option(m)} none says so)"
             for m in paths
             if m not in wanted and m != "text"
         ]
@@ -113,19 +113,12 @@ class Files:
 
     def read(self, key: str) -> dict[str, np.ndarray]:
         """modality -> (T, D) float32 of the utterance; one without a file is absent."""
-        found = {}
-        for modality in self.widths:
-            if key in self._there[modality]:
-                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is then counted
-                    path = self._there[modality][key]
-                    array = self._array(path, modality)
-                    if len(array) and array.shape[1] != (width := self.widths[modality]):
-                        raise DataError(
-                            f"{self._folder / path}: {modality} is {describe(array)}, expected (steps, {width}) as in "
-                            f"{next(iter(self._there[modality].values()))}; correct it, or remove its row from the csv"
-                        )
-                    found[modality] = np.array(array, np.float32)
-        return found
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is then counted
+            return {
+                modality: np.array(self._of_width(width, modality, self._there[modality][key]), np.float32)
+                for modality, width in self.widths.items()
+                if key in self._there[modality]
+            }
 
     def notes(self) -> list[str]:
         return list(self._notes)
@@ -164,6 +157,16 @@ class Files:
         if array.ndim == 3 and len(array) != 1:
             raise DataError(f"{at} is {describe(array)}, expected one utterance: numbers (steps, width)")
         return array.reshape(1, -1) if array.ndim == 1 else array.reshape(array.shape[-2:])
+
+    def _of_width(self, width: int, modality: str, path: str) -> np.ndarray:
+        """(T, width) numbers."""
+        array = self._array(path, modality)
+        if len(array) and array.shape[1] != width:
+            raise DataError(
+                f"{self._folder / path}: {modality} is {describe(array)}, expected (steps, {width}) as in "
+                f"{next(iter(self._there[modality].values()))}; correct it, or remove its row from the csv"
+            )
+        return array
 
     def _width(self, modality: str) -> int:
         for path in self._there[modality].values():
@@ -205,11 +208,10 @@ def _paths(rows: Rows, ids: list[str], columns: FileColumns) -> dict[str, dict[s
             f"--files {pattern}: ends in {suffix or 'no suffix'}, expected {expected}: "
             "a .npy for each {modality}, or a .npz with all of them"
         )
-    names = {"text": columns.text_features, "audio": columns.audio, "vision": columns.vision}
     found: dict[str, dict[str, str]] = {}
-    for modality in MODALITIES:
-        if names[modality] != "none":
-            paths = rows.filled(pattern.replace("{modality}", names[modality]), "--files")
+    for modality, name in feature_names(columns).items():
+        if name != "none":
+            paths = rows.filled(pattern.replace("{modality}", str(name)), "--files")
             found[modality] = dict(zip(ids, paths, strict=True))
             for path in paths:
                 if Path(path).is_absolute() or ".." in Path(path).parts:
@@ -221,11 +223,7 @@ def _paths(rows: Rows, ids: list[str], columns: FileColumns) -> dict[str, dict[s
 
 def _asked(columns: FileColumns) -> set[str]:
     """Modalities that are named by an option, and so must be there."""
-    options = {"text": "text_features", "audio": "audio", "vision": "vision"}
-    return {m for m, option in options.items() if getattr(columns, option) not in (m, "none")}
-
-
-_OPTIONS = {"text": "--text-features", "audio": "--audio", "vision": "--vision"}
+    return {modality for modality, name in feature_names(columns).items() if name not in (modality, "none")}
 
 
 def _some(folder: Path) -> Iterator[str]:

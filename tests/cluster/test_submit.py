@@ -255,12 +255,12 @@ def test_a_cluster_with_a_token_refuses_in_a_sentence(tmp_path: Path) -> None:
         ]
         for process in refused:
             _, error = process.communicate(timeout=240)
-            assert process.returncode == 2
+            assert process.returncode == 2, error
             assert "refuses this client" in error
             assert "RAY_AUTH_MODE=token" in error and "RAY_AUTH_TOKEN_PATH" in error
             assert "Traceback" not in error
-        code, out, _ = head.result("--", "--version", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-        assert code == 0
+        code, out, error = head.result("--", "--version", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        assert code == 0, out + error
         assert token.read_text() not in out
 
 

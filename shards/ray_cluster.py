@@ -1,0 +1,93 @@
+"""Joins a Ray cluster, or starts one on this machine; what goes wrong is said within seconds, in a sentence."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import psutil
+
+from shards.errors import ConfigError, TransientError
+
+LOCAL = "local"
+"""The address that starts a cluster of our own on this machine."""
+
+_TOO_SLOW = "timed out during startup"
+"""Of Ray's message where a node that it starts is not up after 30 s, which on a loaded machine happens."""
+
+
+def check_listens(address: str, option: str) -> None:
+    """Connects once; Ray itself would try for minutes.
+
+    Args:
+        address: ``host:port`` or ``ray://host:port``.
+        option: that gave it, as messages name it.
+
+    Raises:
+        ConfigError: it is no such address. TransientError: nothing answers there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{option}: {address!r} is not host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise TransientError(
+            f"{option}: no Ray cluster answers at {address}: {error.strerror or error}; start one (ray start --head) "
+            "or leave the address out"
+        ) from error
+
+
+def join(address: str, option: str, **settings: Any) -> None:
+    """`ray.init` with `settings`, without Ray's logs and its handler of SIGTERM.
+
+    A cluster that is to start here and does not in time is ended, and started once more.
+
+    Args:
+        address: of the cluster, ``auto``, or `LOCAL`.
+        option: that gave it, as messages name it.
+
+    Raises:
+        TransientError: the cluster does not answer, or cannot be started.
+    """
+    import ray
+
+    def attempt() -> None:
+        ray.init(address=address, logging_level="error", log_to_driver=False, **settings)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    before = _children()
+    try:
+        try:
+            attempt()
+        except Exception as error:
+            if address != LOCAL or _TOO_SLOW not in str(error):
+                raise
+            _end(_children() - before)
+            attempt()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TransientError(
+            f"no Ray cluster could be started on this machine: {reason}; see whether it has memory and processor time "
+            "to spare, and try again"
+            if address == LOCAL
+            else f"{option}: no Ray cluster answers at {address}: {reason}; start one (ray start --head) or leave the "
+            "address out"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process on the spot, with another exit code
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process(os.getpid()).children())
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Ends them at once, and what they started."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in (*process.children(recursive=True), process):
+                each.kill()
+    psutil.wait_procs(processes, timeout=10)

@@ -1,0 +1,56 @@
+"""A Ray cluster of our own that does not start in time is ended, and started once more."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+START = """
+import os
+from shards.ray_cluster import LOCAL, join
+
+join(LOCAL, "--ray", num_cpus=1, include_dashboard=False)
+import psutil, ray
+
+raylets = [p.pid for p in psutil.Process(os.getpid()).children() if "raylet" in p.name()]
+print(ray.cluster_resources()["CPU"], *raylets, flush=True)
+"""
+
+
+def the_raylet(parent: psutil.Process, seconds: float = 60) -> psutil.Process:
+    """The first raylet that a process starts."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for child in parent.children():
+            try:
+                if child.name() == "raylet":
+                    return child
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.01)
+    raise AssertionError(f"no raylet after {seconds} s")
+
+
+@pytest.mark.ray
+def test_a_node_that_hangs_while_it_starts_is_ended_and_started_again(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = kept | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with (tmp_path / "errors").open("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", START], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            hung = the_raylet(psutil.Process(process.pid))
+            hung.suspend()  # as on a machine that has no time for it
+            out, _ = process.communicate(timeout=200)
+        finally:
+            process.kill()
+        errors.seek(0)
+        assert process.returncode == 0, errors.read()[-3000:]
+    cpus, raylet = out.split()
+    assert cpus == "1.0" and int(raylet) != hung.pid
+    assert not hung.is_running(), "what was started in vain is still there"
