@@ -95,7 +95,7 @@ class Trainer:
         self.spec = data_spec(self.recipe, self.index)
         torch.manual_seed(1)
         self.system = get_system(system)(self.recipe.model, self.spec)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.system, self.recipe.optim))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.system, self.recipe.optim), fused=True)
         self.labels = label_generator(self.recipe, self.index, self.system, torch.device("cpu"))
         self.loader = Loader(open_reader(self.index), batch_spec(self.recipe, self.index, self.spec), readers=0)
 

@@ -109,7 +109,7 @@ def both_loops(config: dict[str, Any]) -> None:
     torch.manual_seed(recipe.seed)
     bare = get_system(recipe.system)(recipe.model, session.spec)
     kind = torch.optim.AdamW if recipe.optim.name == "adamw" else torch.optim.Adam
-    optimizer = kind(parameter_groups(bare, recipe.optim))
+    optimizer = kind(parameter_groups(bare, recipe.optim), fused=True)
     labels = label_generator(recipe, session.index, bare, session.engine.device)
     ours, theirs, losses = [], [], []
     for epoch in range(1, recipe.train.epochs + 1):

@@ -1,9 +1,10 @@
 """What each system costs at MOSI's shapes: samples per CPU-second, what they should take, and what fills the gap.
 
 Each system has a process and one thread of its own: its MOSI recipe, the data's own text features, micro-batches of 16,
-an Adam step after as many as the recipe says. FLOPs and bytes are counted call by call, forward and backward: products,
-convolutions, attention and recurrent layers for FLOPs; for bytes what every call reads and writes, cache or not. What
-they imply is at the rates of one core here: a float32 product of 1,024 x 1,024 matrices, and a copy of 256 MB.
+an Adam step after as many as the recipe says; reading them from shards is in the time, as MMSA's loader is in its own.
+FLOPs and bytes are counted call by call, forward and backward: products, convolutions, attention and recurrent layers
+for FLOPs; for bytes what every call reads and writes, cache or not. What they imply is at the rates of one core here: a
+float32 product of 1,024 x 1,024 matrices, and a copy of 256 MB.
 CPU time is user + system; the best epoch stands, after one that does not count. Memory is anonymous (RssAnon), its peak
 while training, less what the process had before it built the system.
 
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,14 +104,15 @@ def measure(name: str, flags: list[str], batches: int, epochs: int) -> dict[str,
 
     torch.set_num_threads(1)
     job = Job(name, flags)
-    some = list(islice(job.batches(), batches))
-    samples = sum(batch.size for batch in some)
     before = status("RssAnon")
     job.build()
     with peak("RssAnon") as most:
-        trained = [seconds(lambda: job.train(some)) for _ in range(epochs + 1)][1:]
-    evaluated = [seconds(lambda: job.evaluate(some)) for _ in range(epochs)]
-    flops, moved = counted(lambda: job.train(some[:1]))
+        trained = [seconds(partial(job.train, epoch, batches)) for epoch in range(1, epochs + 2)][1:]
+    evaluated = [seconds(partial(job.evaluate, epoch, batches)) for epoch in range(1, epochs + 1)]
+    some = list(islice(job.batches(epochs + 2), batches))
+    samples = sum(batch.size for batch in some)
+    assert samples == batches * MICRO_BATCH, "an epoch has as many micro-batches"
+    flops, moved = counted(lambda: job.learn(epochs + 2, some[:1]))
     return {
         "n_train": samples,
         "train_cpu_s": trained,
@@ -117,7 +121,7 @@ def measure(name: str, flags: list[str], batches: int, epochs: int) -> dict[str,
         "parameters": sum(p.numel() for p in job.system.parameters()),
         "flops": flops / some[0].size,
         "bytes": moved / some[0].size,
-        "slowest": slowest(lambda: job.train(some)),
+        "slowest": slowest(lambda: job.learn(epochs + 2, some)),
         "gemm_flops_per_s": gemm_rate(),
         "copy_bytes_per_s": copy_rate(),
     }
@@ -135,15 +139,16 @@ class Job:
         self.spec = data_spec(self.recipe, self.index)
         self.every = self.recipe.optim.accumulation
 
-    def batches(self) -> Iterator[Any]:
-        """Micro-batches of the train split."""
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Micro-batches of the train split, read from the shards."""
         from mmsa_dist.session import batch_spec, plan_of
         from shards.loader import Loader
         from shards.mix import open_reader
 
         loader = Loader(open_reader(self.index), batch_spec(self.recipe, self.index, self.spec), readers=0)
-        for (batch,) in loader.train(plan_of(self.recipe, self.index, self.spec, 1), 0, 1):
-            yield batch
+        with closing(loader.train(plan_of(self.recipe, self.index, self.spec, epoch), 0, 1)) as steps:
+            for (batch,) in steps:
+                yield batch
 
     def build(self) -> None:
         import torch
@@ -157,25 +162,42 @@ class Job:
         self.labels = label_generator(self.recipe, self.index, self.system, torch.device("cpu"))
         if self.labels.layers is not None:
             self.system.attach(self.labels.layers)
-        self.optimizer = torch.optim.Adam(parameter_groups(self.system, self.recipe.optim))
+        self.optimizer = torch.optim.Adam(parameter_groups(self.system, self.recipe.optim), fused=True)
 
-    def train(self, batches: list[Any]) -> None:
+    def train(self, epoch: int, batches: int) -> None:
+        """Reads the first micro-batches of an epoch and learns from them."""
+        self.learn(epoch, islice(self.batches(epoch), batches))
+
+    def learn(self, epoch: int, batches: Iterable[Any]) -> None:
+        from torch.nn.utils import clip_grad_norm_
+
         self.system.train()
-        for number, batch in enumerate(batches, start=1):
-            prediction = self.system(batch)
-            self.system.loss(prediction, batch, self.labels.targets(batch, prediction)).total.backward()
-            self.labels.observe(1, [batch], [prediction])
-            if number % self.every == 0 or number == len(batches):
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        for step in batched(batches, self.every):
+            predictions = []
+            for batch in step:
+                prediction = self.system(batch)
+                self.system.loss(prediction, batch, self.labels.targets(batch, prediction)).total.backward()
+                predictions.append(prediction)
+            self.labels.observe(epoch, step, predictions)
+            if self.recipe.optim.clip:
+                clip_grad_norm_(self.system.parameters(), self.recipe.optim.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
-    def evaluate(self, batches: list[Any]) -> None:
+    def evaluate(self, epoch: int, batches: int) -> None:
         import torch
 
         self.system.eval()
         with torch.inference_mode():
-            for batch in batches:
+            for batch in islice(self.batches(epoch), batches):
                 self.system(batch)
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many, the last one maybe of fewer."""
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -104,7 +104,7 @@ def load_optimizer(engine: Any, system: System, stage: int, state: State) -> Non
     if stage == 0:
         for name, parameter in trained.items():
             engine.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
+                "step": torch.tensor(float(state.step), device=parameter.device),
                 **{key: state.moments[key][name].to(parameter.device, copy=True) for key in MOMENTS},
             }
         return
@@ -113,7 +113,7 @@ def load_optimizer(engine: Any, system: System, stage: int, state: State) -> Non
     for flat in partitions:
         # one `step` tensor each: a shared one would count every group's step
         zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(state.step)),
+            "step": torch.tensor(float(state.step), device=flat.device),
             **{key: torch.zeros_like(flat) for key in MOMENTS},
         }
     if stage in (1, 2):
