@@ -125,8 +125,9 @@ def real_lengths(transcripts: Path, tokenizer: str) -> np.ndarray:
 
     with transcripts.open(encoding="utf-8", newline="") as file:
         texts = [row["text"].lower() for row in csv.DictReader(file)]
-    marked = load_tokenizer(tokenizer)(texts)["input_ids"]
-    return np.array([len(ids) for ids in marked])
+    marks = load_tokenizer(tokenizer)
+    marks.no_padding()
+    return np.array([len(marked.ids) for marked in marks.encode_batch(texts)])
 
 
 def cut(whole: dict[str, dict[str, Any]], samples: int, lengths: np.ndarray | None) -> dict[str, dict[str, Any]]:

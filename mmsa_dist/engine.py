@@ -160,11 +160,9 @@ class Engine:
             last = i == len(batches) - 1
             self.engine.backward(losses.total)
             if last:
-                total = self._agree(total / len(batches), batches)
+                values = self._agree(total / len(batches), batches)
                 norm = self._norm_before_step(batches)
             self.engine.step()
-        assert total is not None
-        values = total.tolist()
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))  # DeepSpeed has asked all ranks
         if self.stage:
             norm = self.engine.get_global_grad_norm()
@@ -252,10 +250,13 @@ class Engine:
             group["lr"] = group["base_lr"] * factor
         return {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
-    def _agree(self, row: Tensor, batches: Sequence[Batch]) -> Tensor:
-        """The mean over ranks of the loss and its parts: one small all-reduce, which also tells if all are finite."""
-        mean = self._mean_over_ranks(row)
-        if not bool(torch.isfinite(mean).all()):
+    def _agree(self, row: Tensor, batches: Sequence[Batch]) -> list[float]:
+        """The mean over ranks of the loss and its parts: one small all-reduce, which also tells if all are finite.
+
+        Here the host waits for the device: forward and backward never do.
+        """
+        mean: list[float] = self._mean_over_ranks(row).tolist()
+        if not all(map(math.isfinite, mean)):
             finite = bool(torch.isfinite(row).all())
             raise self._not_finite("loss", batches, "this rank's loss is finite" if finite else "")
         return mean

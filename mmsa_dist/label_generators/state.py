@@ -197,7 +197,7 @@ def _checked_widths(widths: Mapping[str, int], generator: str) -> dict[str, int]
     if unknown or "M" not in widths or len(widths) < 2:
         raise ConfigError(
             f"label generator {generator!r} reads features of M and of at least one of {', '.join(MODALITY_OF)}; the "
-            f"system gives {', '.join(widths) or 'none'}: use a system that has them (self_mm), or label generator "
-            "'none'"
+            f"system gives {', '.join(widths) or 'none'}: use a system that has them (tam_ulag, iam, self_mm, sugrm, "
+            "or ufen_mtfn with --model.unimodal-targets own), or label generator 'none'"
         )
     return dict(widths)

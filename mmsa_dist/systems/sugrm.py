@@ -56,7 +56,7 @@ class Sugrm(System):
 
     Left open, since the paper's text was not at hand, and settled here: sequences go through Self-MM's encoders and
     heads. The public code has a sparse phased Transformer (Cheng et al. 2021) instead, whose last step it reads,
-    padding or not, and takes F* of the second layer, without ReLU.
+    padding or not, and takes F* of the second layer, without ReLU, its dropout between the two layers.
 
     Unlike the public code too: means are over real steps, where it counts padding; the text encoder has no pooler.
     """
