@@ -274,17 +274,16 @@ def batch_spec(recipe: Recipe, index: AnyIndex, spec: DataSpec) -> BatchSpec:
 def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: torch.device) -> LabelGenerator:
     """The generator that the recipe names, else the paper's, over the train split."""
     name = recipe.labels.generator or type(system).labels
-    numbers = index.numbers("train")
-    keys: list[str] = []
-    labels: list[np.ndarray] = []
+    ids = [np.empty(0, np.int64)]
+    labels = [np.empty(0, np.float32)]
     for table in train_tables(index) if name != "none" else ():
-        keys += table["key"].to_pylist()
+        ids.append(np.array([stable_id(key) for key in table["key"].to_pylist()], np.int64))
         labels.append(table["label_M"].to_numpy())
     return make_generator(
         name,
-        numbers=numbers if keys else [],
-        ids=[stable_id(key) for key in keys],
-        labels=np.concatenate(labels) if labels else [],
+        numbers=[] if name == "none" else index.numbers("train"),
+        ids=np.concatenate(ids),
+        labels=np.concatenate(labels),
         widths=system.feature_widths(),
         label_range=index.label_range,
         device=device,

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from mmsa_dist.recipe import Recipe
 from shards.index import Index
 from tests.mmsa_dist import runs
+from tests.mmsa_dist.encoders import write_encoder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,6 +55,17 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("database") / "mlflow.db"
     store.connect(f"sqlite:///{file}")
     return file
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``encoders(architecture, dropout=0.1)``: the folder of a tiny text encoder, made once."""
+
+    @cache
+    def make(architecture: str, dropout: float = 0.1) -> Path:
+        return write_encoder(tmp_path_factory.mktemp(architecture), architecture, dropout)
+
+    return make
 
 
 @dataclass

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmsa_dist.layers.sight import Sight
-from mmsa_dist.layers.transformer import Dropouts
+from mmsa_dist.layers.transformer import Dropouts, StepProjection
 from mmsa_dist.systems import PMR
-from mmsa_dist.systems.pmr import MessageUpdate, PMRConfig, ReinforcementUnit, Sights
+from mmsa_dist.systems.pmr import MessageUpdate, PMRConfig, ReinforcementLayer, ReinforcementUnit, Sights
 from shards.utterance import EMOTIONS
 from tests.mmsa_dist.batches import build, loss_of, ragged, spec_for
 from tests.mmsa_dist.test_layers import affine, softmax
@@ -26,6 +26,64 @@ def unit(layer: ReinforcementUnit, source: np.ndarray, target: np.ndarray) -> np
     within = attention(layer.within, query, query)
     gate = 1 / (1 + np.exp(-(affine(layer.within_gate, within) + affine(layer.across_gate, across))))
     return feedforward(layer.feedforward, gate * within + (1 - gate) * across)
+
+
+def message(update: MessageUpdate, values: dict[str, np.ndarray], hub: np.ndarray) -> np.ndarray:
+    """MUM of one sample, over the modalities that it has."""
+    assert update.score is not None
+    candidates = [unit(update.units[name], z, hub) for name, z in values.items()]
+    scored = zip(values, candidates, strict=True)
+    scores = [affine(update.score, np.tanh(affine(update.scorers[name], z))).mean() for name, z in scored]
+    weights = softmax(np.array(scores))
+    return feedforward(update.feedforward, sum(a * z for a, z in zip(weights, candidates, strict=True)))
+
+
+def reinforced(
+    layer: ReinforcementLayer, values: dict[str, np.ndarray], hub: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Z^[i+1] of each modality from the hub as it was, and then the hub from Z^[i+1]."""
+    values = {name: unit(layer.units[name], hub, z) for name, z in values.items()}
+    return values, message(layer.update, values, hub)
+
+
+def embedded(projection: StepProjection, x: np.ndarray) -> np.ndarray:
+    """Conv1D of x (T, D), zeros beyond both ends, plus positions: step t from 1, sines in the first half."""
+    weight = projection.conv.weight.detach().numpy()  # (d, D, K)
+    width, _, kernel = weight.shape
+    wide = np.pad(x, ((kernel // 2, kernel // 2), (0, 0)))
+    steps = range(1, len(x) + 1)
+    z = np.stack([np.einsum("dik,ki->d", weight, wide[t - 1 : t - 1 + kernel]) for t in steps])
+    angles = np.outer(steps, 10_000.0 ** -np.linspace(0, 1, width // 2))
+    return z + np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+
+def answer(system: PMR, modalities: dict[str, np.ndarray]) -> float:
+    """The whole of PMR on one sample, from the features (T, D) of the modalities that it has."""
+    projections = {"text": system.text_projection, "audio": system.audio, "vision": system.vision}
+    values = {name: embedded(projections[name], x) for name, x in modalities.items()}
+    hub = np.concatenate(list(values.values()))
+    for layer in system.reinforcement:
+        values, hub = reinforced(layer, values, hub)
+    joint, last = np.concatenate([hub, *values.values()]), system.transformer
+    joint = joint + attention(last.attention, layer_norm(joint, last.norm), layer_norm(joint, last.norm))
+    vector, out = feedforward(last.feedforward, joint).mean(0), system.answer
+    return affine(out.out, vector + affine(out.second, np.maximum(affine(out.first, vector), 0))).item()
+
+
+def pieces(values: dict[str, torch.Tensor], sights: Sights) -> list[dict[str, np.ndarray]]:
+    """Packed steps of each modality -> of each sample, modality -> (T, d); a stand-in is a step of its own."""
+    cut = {name: z.detach().split(sights.steps[name].lengths.tolist()) for name, z in values.items()}
+    return [dict(zip(cut, (z.numpy() for z in row), strict=True)) for row in zip(*cut.values(), strict=True)]
+
+
+def shaken(seed: int, module: Any) -> Any:
+    """Biases and norms away from where they begin, at zero and one, where some mistakes would not show."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
 
 
 def test_a_reinforcement_unit_is_the_equations() -> None:
@@ -54,21 +112,53 @@ def test_the_hub_is_updated_by_attention_over_what_each_modality_makes_of_it() -
     values = {name: torch.randn(len(where.sample), 6) for name, where in sights.steps.items()}
     hub = torch.randn(13, 6)
     found = layer(values, hub, sights).detach().numpy()
-    begin = dict.fromkeys(names, 0)
+    own = pieces(values, sights)
     for row, there in enumerate([names, ("text", "vision")]):
-        mine = sights.hub.sample == row
-        keep = (sights.hub.real & mine).numpy()
-        lengths = {name: int(where.lengths[row]) for name, where in sights.steps.items()}
-        candidates, scores = [], []
+        keep = (sights.hub.real & (sights.hub.sample == row)).numpy()
+        wanted = message(layer, {name: own[row][name] for name in there}, hub.numpy()[keep])
+        np.testing.assert_allclose(found[keep], wanted, atol=1e-5)
+
+
+def test_a_layer_updates_the_hub_from_the_modalities_as_it_has_just_reinforced_them() -> None:
+    """Those from the hub as it was before. The second sample lacks audio."""
+    layer = shaken(0, ReinforcementLayer(names := ("text", "audio", "vision"), 6, 2, Dropouts()))
+    sights = Sights({"text": steps([2, 3]), "audio": steps([4, 1], absent=(1,)), "vision": steps([1, 2])})
+    values = {name: torch.randn(len(where.sample), 6) for name, where in sights.steps.items()}
+    hub = torch.randn(13, 6)
+    found, found_hub = layer(values, hub, sights)
+    own, own_found = pieces(values, sights), pieces(found, sights)
+    for row, there in enumerate([names, ("text", "vision")]):
+        keep = (sights.hub.real & (sights.hub.sample == row)).numpy()
+        wanted, wanted_hub = reinforced(layer, {name: own[row][name] for name in there}, hub.numpy()[keep])
         for name in there:
-            z = values[name][begin[name] : begin[name] + lengths[name]].numpy()
-            z = unit(layer.units[name], z, hub.numpy()[keep])
-            mu = affine(layer.score, np.tanh(affine(layer.scorers[name], z)))
-            candidates.append(z)
-            scores.append(mu.mean())
-        message = sum(a * z for a, z in zip(softmax(np.array(scores)), candidates, strict=True))
-        np.testing.assert_allclose(found[keep], feedforward(layer.feedforward, message), atol=1e-5)
-        begin = {name: begin[name] + lengths[name] for name in names}
+            np.testing.assert_allclose(own_found[row][name], wanted[name], atol=1e-5)
+        np.testing.assert_allclose(found_hub.detach().numpy()[keep], wanted_hub, atol=1e-5)
+
+
+def test_steps_are_convolved_and_told_their_places() -> None:
+    """What the first layer gets of each modality; kernels of 1, 3 and 5 steps."""
+    batch = ragged(size=4)
+    system = build(PMR, spec_for(), **SMALL, text_kernel=1, vision_kernel=5).eval()
+    seen: list[Any] = []
+    system.reinforcement[0].register_forward_pre_hook(lambda module, given: seen.append(given))
+    system(batch)
+    (values, _, sights), *_ = seen
+    projections = {"text": system.text_projection, "audio": system.audio, "vision": system.vision}
+    for row, found in enumerate(pieces(values, sights)):
+        for name, z in found.items():
+            x = batch.values[name][row, : batch.lengths[name][row]].numpy()
+            np.testing.assert_allclose(z, embedded(projections[name], x), atol=1e-5)
+
+
+def test_the_network_is_the_papers() -> None:
+    """From features to the answer, two layers, every sample by itself; one lacks audio, one has text alone."""
+    batch = ragged(size=5, absent={"audio": [1, 3], "vision": [3]})
+    system = shaken(0, build(PMR, spec_for(), **{**SMALL, "layers": 2}, text_kernel=1, vision_kernel=5)).eval()
+    found = system(batch).tasks["M"].detach().numpy()
+    for row in range(batch.size):
+        there = [name for name in batch.values if batch.present[name][row]]
+        modalities = {name: batch.values[name][row, : batch.lengths[name][row]].numpy() for name in there}
+        assert found[row] == pytest.approx(answer(system, modalities), abs=1e-5), row
 
 
 def test_the_weights_over_candidates_are_parameters_and_learn() -> None:

