@@ -12,7 +12,7 @@ import pytest
 import torch
 import webdataset
 
-from benchmarks import real, render, stall
+from benchmarks import peer, real, render, stall, systems
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
@@ -24,7 +24,9 @@ from benchmarks.packing import written_by
 from benchmarks.record import Row, Table, portable, record
 from shards.index import Index
 from shards.read import ShardReader
+from shards.sources.mmsa import MmsaSource
 from shards.utterance import Utterance
+from tests.shards import pickles
 
 PAGE = "before\n<!-- real:begin -->\nold\n<!-- real:end -->\n<!-- figures:begin -->\n<!-- figures:end -->\nafter\n"
 
@@ -190,6 +192,38 @@ def test_the_limit_of_packing_writes_all_that_any_packing_has_to(tmp_path: Path)
 
 def stored(utterance: Utterance) -> bytes:
     return b"".join(array.astype(np.float16).tobytes() for array in utterance.modalities.values())
+
+
+@pytest.mark.parametrize("lengths", [None, np.array([3, 5, 90])])
+def test_the_peer_and_ours_get_the_first_samples_with_the_lengths_of_sentences(
+    lengths: np.ndarray | None, tmp_path: Path
+) -> None:
+    whole = pickles.content()
+    peer.write(peer.cut(whole, 8, lengths), tmp_path / "peer" / "features.pkl")
+    source = MmsaSource(tmp_path / "peer" / "features.pkl")
+    assert source.counts["train"] == 8
+    masks = whole["train"]["text_bert"][:8, 1]
+    for number in range(8):
+        utterance = source.read("train", number)
+        assert utterance.tokens is not None
+        if lengths is None:
+            assert len(utterance.tokens) == masks[number].sum()
+        else:
+            assert len(utterance.tokens) in (3, 5, masks.shape[1])
+        assert (utterance.tokens > 0).all(), "each has an id"
+        assert utterance.labels["M"] == whole["train"]["regression_labels"][number]
+
+
+def test_a_systems_cost_is_measured(tmp_path: Path) -> None:
+    """In a process of its own, as it sets the threads of torch."""
+    options = Namespace(batches=2, epochs=1)
+    found = systems.child(options, "iam", systems.prepare(tmp_path, None), [])
+    assert found["n_train"] == 2 * systems.MICRO_BATCH
+    assert len(found["train_cpu_s"]) == len(found["eval_cpu_s"]) == 1
+    rows = {row.what: row.value for row in systems.report({"iam": found}, {})}
+    assert rows["iam: training"] < rows["iam: evaluation"], "which learns nothing"
+    assert found["flops"] > 2 * found["parameters"], "a sample passes nearly every weight"
+    assert sum(found["slowest"].values()) <= 1
 
 
 def test_a_contestant_answers_from_a_process_of_its_own(formats: Path, tmp_path: Path) -> None:
