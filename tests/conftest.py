@@ -27,6 +27,7 @@ LONGEST = (
     "test_laws",
     "test_submit",
     "test_engine",
+    "test_text_ranks",
     "test_demo",
     "test_resume",
     "test_real",

@@ -30,7 +30,7 @@ from shards.read import ShardReader
 from shards.utterance import EMOTIONS
 from shards.write import pack
 from tests.data import TinyEmotions
-from tests.mmsa_dist.batches import WIDTHS, build, ragged
+from tests.mmsa_dist.batches import WIDTHS, build, ragged, rows
 from tests.mmsa_dist.classifier import CLASSIFIER
 from tests.mmsa_dist.test_laws import recipe_for, train
 
@@ -135,6 +135,21 @@ def test_a_system_that_classifies_learns_what_metrics_measure(system: str) -> No
     assert sum(losses.parts[emotion].item() for emotion in EMOTIONS) == pytest.approx(measured, abs=1e-6)
     losses.total.backward()
     assert all(parameter.grad is not None for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("system", classifying())
+def test_filler_has_no_part_in_a_loss_of_classes(system: str) -> None:
+    """Whatever it is labelled: the loss is that of the real samples."""
+    spec = DataSpec(WIDTHS, (0.0, 1.0), EMOTIONS, classes=dict.fromkeys(EMOTIONS, 2))
+    built = build(get_system(system), spec)
+    batch = ragged(5)
+    real = rows(batch, slice(0, 4), 4.0)
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    losses = []
+    for one in (real, replace(batch, weight=weight, norm=4.0)):
+        labels = {emotion: (torch.arange(one.size) % 2).float() for emotion in EMOTIONS}
+        losses.append(built.loss(built(one), one, labels).total.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # --- laws

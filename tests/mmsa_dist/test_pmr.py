@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmsa_dist.layers.sight import Sight
-from mmsa_dist.layers.transformer import Dropouts, StepProjection
+from mmsa_dist.layers.transformer import Dropouts
 from mmsa_dist.systems import PMR
 from mmsa_dist.systems.pmr import MessageUpdate, PMRConfig, ReinforcementLayer, ReinforcementUnit, Sights
 from shards.utterance import EMOTIONS
@@ -28,9 +28,8 @@ def unit(layer: ReinforcementUnit, source: np.ndarray, target: np.ndarray) -> np
     return feedforward(layer.feedforward, gate * within + (1 - gate) * across)
 
 
-def message(update: MessageUpdate, values: dict[str, np.ndarray], hub: np.ndarray) -> np.ndarray:
+def message(update: Any, values: dict[str, np.ndarray], hub: np.ndarray) -> np.ndarray:
     """MUM of one sample, over the modalities that it has."""
-    assert update.score is not None
     candidates = [unit(update.units[name], z, hub) for name, z in values.items()]
     scored = zip(values, candidates, strict=True)
     scores = [affine(update.score, np.tanh(affine(update.scorers[name], z))).mean() for name, z in scored]
@@ -38,15 +37,13 @@ def message(update: MessageUpdate, values: dict[str, np.ndarray], hub: np.ndarra
     return feedforward(update.feedforward, sum(a * z for a, z in zip(weights, candidates, strict=True)))
 
 
-def reinforced(
-    layer: ReinforcementLayer, values: dict[str, np.ndarray], hub: np.ndarray
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def reinforced(layer: Any, values: dict[str, np.ndarray], hub: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Z^[i+1] of each modality from the hub as it was, and then the hub from Z^[i+1]."""
     values = {name: unit(layer.units[name], hub, z) for name, z in values.items()}
     return values, message(layer.update, values, hub)
 
 
-def embedded(projection: StepProjection, x: np.ndarray) -> np.ndarray:
+def embedded(projection: Any, x: np.ndarray) -> np.ndarray:
     """Conv1D of x (T, D), zeros beyond both ends, plus positions: step t from 1, sines in the first half."""
     weight = projection.conv.weight.detach().numpy()  # (d, D, K)
     width, _, kernel = weight.shape
@@ -57,7 +54,7 @@ def embedded(projection: StepProjection, x: np.ndarray) -> np.ndarray:
     return z + np.concatenate([np.sin(angles), np.cos(angles)], 1)
 
 
-def answer(system: PMR, modalities: dict[str, np.ndarray]) -> float:
+def answer(system: Any, modalities: dict[str, np.ndarray]) -> float:
     """The whole of PMR on one sample, from the features (T, D) of the modalities that it has."""
     projections = {"text": system.text_projection, "audio": system.audio, "vision": system.vision}
     values = {name: embedded(projections[name], x) for name, x in modalities.items()}
@@ -138,7 +135,7 @@ def test_a_layer_updates_the_hub_from_the_modalities_as_it_has_just_reinforced_t
 def test_steps_are_convolved_and_told_their_places() -> None:
     """What the first layer gets of each modality; kernels of 1, 3 and 5 steps."""
     batch = ragged(size=4)
-    system = build(PMR, spec_for(), **SMALL, text_kernel=1, vision_kernel=5).eval()
+    system: Any = build(PMR, spec_for(), **SMALL, text_kernel=1, vision_kernel=5).eval()
     seen: list[Any] = []
     system.reinforcement[0].register_forward_pre_hook(lambda module, given: seen.append(given))
     system(batch)

@@ -292,21 +292,27 @@ def test_saved_and_loaded_it_says_the_same(cls: type[System], modalities: tuple[
     same(outputs(system, batch), outputs(other, batch), atol=0)
 
 
+SQUARED = ("ufen_mtfn",)
+"""Systems that learn a squared error: what is left of it is the square of what is left of the distance."""
+
+
 @every_system
 def test_it_can_learn_32_samples_by_heart(cls: type[System]) -> None:
+    """Until answers lie 33 times nearer to the labels than at first, 0.05 of a range of 6."""
     batch = ragged(size=32, longest=4)
     system = build(cls, spec_for())
     optimizer = torch.optim.Adam(system.parameters(), lr=5e-3, fused=True)  # quicker where parameters are many
     first = loss = loss_of(system, batch).item()
+    bound = first * 0.03 ** (2 if cls.name in SQUARED else 1)
     for _ in range(600):
         optimizer.zero_grad()
         total = loss_of(system, batch)
         total.backward()
         optimizer.step()
         loss = min(loss, total.item())
-        if loss < 0.05 * first:
+        if loss < bound:
             return
-    pytest.fail(f"from {first:.3f} only to {loss:.3f}")
+    pytest.fail(f"from {first:.3f} only to {loss:.3f}, not to {bound:.3f}")
 
 
 # Law 1's kernel ----------------------------------------------------------------------------------------------------
