@@ -111,19 +111,18 @@ def measure(name: str, flags: list[str], batches: int, epochs: int) -> dict[str,
     with peak("RssAnon") as most:
         trained = [seconds(partial(job.train, epoch, batches)) for epoch in range(1, epochs + 2)][1:]
     evaluated = [seconds(partial(job.evaluate, epoch, batches)) for epoch in range(1, epochs + 1)]
-    some = list(islice(job.batches(epochs + 2), batches))
-    samples = sum(batch.size for batch in some)
-    assert samples == batches * MICRO_BATCH, "an epoch has as many micro-batches"
-    flops, moved = counted(lambda: job.learn(epochs + 2, some[:1]))
+    assert batches * MICRO_BATCH <= job.index.splits["train"], "an epoch has as many micro-batches"
+    one = list(islice(job.batches(epochs + 2), 1))
+    flops, moved = counted(lambda: job.learn(epochs + 2, one))
     return {
-        "n_train": samples,
+        "n_train": batches * MICRO_BATCH,
         "train_cpu_s": trained,
         "eval_cpu_s": evaluated,
         "peak_bytes": most[0] - before,
         "parameters": sum(p.numel() for p in job.system.parameters()),
-        "flops": flops / some[0].size,
-        "bytes": moved / some[0].size,
-        "slowest": slowest(lambda: job.learn(epochs + 2, some)),
+        "flops": flops / MICRO_BATCH,
+        "bytes": moved / MICRO_BATCH,
+        "slowest": slowest(lambda: job.learn(epochs + 2, one)),
         "gemm_flops_per_s": gemm_rate(),
         "copy_bytes_per_s": copy_rate(),
     }
