@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     processes = f"{options.processes} processes"
     one, many, limit = "ours, 1 process", f"ours, {processes}", f"{LIMIT}, {processes}"
-    writers = {
+    writers: dict[str, Callable[[Resident, Path, int], object]] = {
         NAIVE: write_npy,
         LIMIT: write_bytes,
         limit: functools.partial(written_by, options.processes),

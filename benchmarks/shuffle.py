@@ -110,9 +110,10 @@ def webdataset_order(urls: list[str], buffer: int, epoch: int) -> Numbers:
 
 def ragged(samples: int, per_shard: int) -> list[int]:
     """Samples of each shard: within a tenth of `per_shard`, the last what is left."""
-    rng, counts = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    counts: list[int] = []
     while (rest := samples - sum(counts)) > 0:
-        counts.append(min(rest, int(rng.integers(0.9 * per_shard, 1.1 * per_shard))))
+        counts.append(min(rest, int(rng.integers(round(0.9 * per_shard), round(1.1 * per_shard)))))
     return counts
 
 

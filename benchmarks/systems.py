@@ -68,8 +68,8 @@ def main() -> None:
                 found["mult without attention dropout"] = child(options, name, data, NO_DROPOUT)
     peers = {}
     if options.peer_command:
-        command = shlex.split(options.peer_command)
-        peers = dict(zip(GOALS, (last_json(command), last_json([*command, *PEER_NO_DROPOUT])), strict=True))
+        theirs = shlex.split(options.peer_command)
+        peers = dict(zip(GOALS, (last_json(theirs), last_json([*theirs, *PEER_NO_DROPOUT])), strict=True))
     rows, costs = report(found, peers), cost_table(found)
     print(table(["", "measured", "wanted", "how"], [[r.what, measured(vars(r)), wanted(vars(r)), r.how] for r in rows]))
     print(f"\n{costs.title}\n\n{table(costs.head, costs.rows)}")

@@ -155,7 +155,7 @@ def write_bytes(source: Resident, out: Path, shard_bytes: int, first: int = 0, e
         with (out / f"{shard:05d}").open("wb") as file:
             for u in utterances:
                 for array in u.modalities.values():
-                    data = memoryview(to_float16(array)).cast("B")
+                    data = to_float16(array).data.cast("B")
                     digest.update(data)
                     size += file.write(data)
                 if size >= shard_bytes:
