@@ -39,6 +39,7 @@ import numpy as np
 from benchmarks.record import ROOT, Row, portable, record
 from mmsa_dist.launch import RANK_ENVIRONMENT
 from shards.sources.pickles import load
+from shards.suggest import counted
 
 MICRO_BATCH, ACCUMULATION = 16, 4
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
@@ -109,7 +110,8 @@ def report(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) 
     rows = []
     for name, rounds in found.items():
         title = f"Self-MM, {options.layers}-layer BERT, {name}: training"
-        how = f"best of {options.epochs} epochs of {options.samples} after 1; median of {len(rounds)} rounds"
+        how = f"best of {counted(options.epochs, 'epoch')} of {options.samples} samples after 1; "
+        how += f"median of {counted(len(rounds), 'round')}"
         ratio = statistics.median(rate(one["ours"]) / rate(one["peer"]) for one in rounds)
         goal = GOALS[name] if options.layers == 12 else None
         met = None if goal is None else ratio >= goal
