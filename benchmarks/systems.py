@@ -56,6 +56,8 @@ def main() -> None:
         return
     if options.peer_command and not options.data:
         parser.error("--peer-command needs --data, the pickle that it reads")
+    if options.peer_command and options.systems:
+        parser.error("--peer-command measures MulT alone; leave --systems out")
     from mmsa_dist.systems import system_names
 
     names = ["mult"] if options.peer_command else options.systems or system_names()
@@ -172,8 +174,10 @@ class Job:
     def learn(self, epoch: int, batches: Iterable[Any]) -> None:
         from torch.nn.utils import clip_grad_norm_
 
+        from mmsa_dist.predictor import chunks
+
         self.system.train()
-        for step in batched(batches, self.every):
+        for step in chunks(batches, self.every):
             predictions = []
             for batch in step:
                 prediction = self.system(batch)
@@ -192,13 +196,6 @@ class Job:
         with torch.inference_mode():
             for batch in islice(self.batches(epoch), batches):
                 self.system(batch)
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of so many, the last one maybe of fewer."""
-    items = iter(items)
-    while group := list(islice(items, size)):
-        yield group
 
 
 def seconds(call: Callable[[], object]) -> float:

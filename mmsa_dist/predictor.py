@@ -12,8 +12,9 @@ Shapes: B samples, T steps, D width.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from mmsa_dist.errors import DataError
 from mmsa_dist.recipe import Recipe, read_recipe
 from shards.batch import BatchSpec, Standard, collate
 from shards.utterance import Utterance
+
+_Item = TypeVar("_Item")
 
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.yaml"
@@ -178,15 +181,10 @@ def check_width(where: str, name: str, found: int, wanted: int) -> None:
         )
 
 
-def chunks(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
-    """Lists of `size` utterances, the last one shorter."""
-    chunk: list[Utterance] = []
-    for utterance in utterances:
-        chunk.append(utterance)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while chunk := list(islice(items, size)):
         yield chunk
 
 

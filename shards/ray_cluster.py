@@ -1,7 +1,6 @@
 """Joins a Ray cluster, or starts one on this machine; what goes wrong is said within seconds, in a sentence."""
 
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -81,7 +80,7 @@ def join(address: str, option: str, **settings: Any) -> None:
 
 
 def _children() -> set[psutil.Process]:
-    return set(psutil.Process(os.getpid()).children())
+    return set(psutil.Process().children())
 
 
 def _end(processes: set[psutil.Process]) -> None:

@@ -1,6 +1,5 @@
 """Every system behind a text encoder: what it must do on given features, it must do there too."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from mmsa_dist.systems import System
 from shards.batch import Batch
 from tests.mmsa_dist.batches import WIDTHS, build, loss_of, padded, ragged, rows, targets_of
 from tests.mmsa_dist.encoders import ARCHITECTURES, WORDS, spec_of
-from tests.mmsa_dist.test_systems import every_system, outputs, same
+from tests.mmsa_dist.test_systems import every_system, finite_and_near_in_bf16, outputs, same
 
 Encoders = Callable[[str], Path]
 
@@ -143,16 +142,4 @@ def test_a_batch_without_any_text_still_gives_every_parameter_a_gradient(
 def test_bf16_is_finite_and_near(cls: type[System], architecture: str, encoders: Encoders) -> None:
     batch = spoken(6, absent={"text": [1]})
     system = reads(cls, encoders(architecture)).eval()
-    exact = outputs(system, batch)["M"]
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(system, batch)
-        loss.backward()
-        near = outputs(system, batch)["M"]
-    assert loss.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in system.parameters())
-    torch.testing.assert_close(near, exact, atol=0.05, rtol=0.1)
-    # DeepSpeed's bf16 converts the parameters themselves
-    half = copy.deepcopy(system).bfloat16()
-    loss_of(half, batch).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in half.parameters())
-    torch.testing.assert_close(outputs(half, batch)["M"], exact, atol=0.05, rtol=0.1)
+    finite_and_near_in_bf16(system, batch)
