@@ -13,6 +13,12 @@ os.environ.pop("COLUMNS", None)  # a table is as wide in a test as in any pipe
 
 from tests.ranks import close_pools, run_ranks
 
+# nothing here goes to somebody's cluster or MLflow server
+for name in [name for name in os.environ if name.startswith(("RAY_", "MLFLOW_"))]:
+    del os.environ[name]
+# Ray runs its workers at nice 15: beside tests whose ranks keep the cores busy they were seen to get a twentieth of one
+os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+
 settings.register_profile("house", deadline=None)  # a busy machine is not a slow program
 settings.load_profile("house")
 

@@ -57,8 +57,7 @@ class Head:
 
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"} | extra
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", **extra}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -49,10 +49,9 @@ def test_a_living_actor_is_found_in_its_own_cluster() -> None:
     ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--head", "--block", "--port=0", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
     start += ["--dashboard-port=0", "--dashboard-agent-listen-port=0", "--ray-client-server-port=0", "--num-cpus=1"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray notes the newest cluster in its folder: this one is of this test alone, and short as it holds sockets
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        environment = kept | {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-c", OURS, *start, "--object-store-memory=100000000"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines()[-1:] == ["ALIVE"], done.stdout[-2000:] + done.stderr[-3000:]

@@ -22,9 +22,8 @@ network:
 
 
 def clean() -> dict[str, str]:
-    """The environment without what would send a sweep to somebody's cluster or MLflow server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    return kept | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+    """The environment of a sweep in a process of its own, in whatever folder."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
 
 
 def tiny(path: Path, /, **changes: dict[str, Any]) -> Recipe:

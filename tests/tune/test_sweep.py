@@ -64,7 +64,7 @@ def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     command = [sys.executable, "-c", SWEEP, "ufen_mtfn", *paths, *options]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=900, check=False
+            command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=1800, check=False
         )
     except subprocess.TimeoutExpired as late:
         pytest.fail(f"not done after {late.timeout} s:\n{seen(late.stdout)}\n{seen(late.stderr)}\n{last_signs(runs)}")
@@ -84,7 +84,7 @@ def last_signs(runs: Path) -> str:
     return "\n".join(f"{trial.name}: {run_folder.read_events(trial)[-3:]}" for trial in trials)
 
 
-pytestmark = pytest.mark.timeout(1000)
+pytestmark = pytest.mark.timeout(1900)
 ray = pytest.mark.ray
 
 
