@@ -10,10 +10,12 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import socket
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -35,6 +37,10 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 CONNECT_SECONDS = 20.0
 """How long the head may take to answer before it counts as unreachable; a busy one takes its time."""
+START_SECONDS = 60.0
+"""How long a head that answers may take until it can run jobs."""
+NOT_YET = ("No available agent", "Cannot connect to host")
+"""What a head says while the process that runs its jobs is on its way."""
 RECONNECTS = 30
 """How often in a row a broken log stream is taken up again, a second or two apart, before giving up."""
 STOPPED = 143
@@ -240,16 +246,27 @@ def _stranger(address: str) -> ConfigError:
 
 
 def _submit_job(client: "JobSubmissionClient", entrypoint: str, archive: Path, name: str | None) -> str:
+    """Gives the job's id. A head that has just been started answers before it can take a job: it gets its time."""
     # unbuffered: a log that is followed live must not wait in the job's own buffer
     environment = {"working_dir": str(archive), "env_vars": {"PYTHONUNBUFFERED": "1"}}
-    try:
-        return str(client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment))
-    except RuntimeError as error:
-        if name is not None and "already exists" in str(error):
-            raise ConfigError(
-                f"job {name} exists on this cluster already; choose another --name, or leave it out"
-            ) from error
-        raise
+    job = name or f"mmsa-dist-{secrets.token_hex(6)}"
+    began, tries = time.monotonic(), 0
+    while True:
+        tries += 1
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=environment))
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                if tries > 1:
+                    return job  # a try before this one was heard
+                raise ConfigError(
+                    f"job {job} exists on this cluster already; choose another --name, or leave it out"
+                ) from error
+            if not any(sign in str(error) for sign in NOT_YET) or time.monotonic() - began > START_SECONDS:
+                raise
+        if tries == 1:
+            print("the head is still starting; asking again until it takes the job", file=sys.stderr)
+        time.sleep(1.0)
 
 
 @contextmanager

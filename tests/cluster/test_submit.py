@@ -1,16 +1,19 @@
 """`mmsa-dist submit` against a real Ray head: exit codes, live logs, what is sent, what is refused."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,6 +291,66 @@ def test_a_head_that_accepts_and_never_answers_is_given_up() -> None:
         with pytest.raises(TransientError, match="no answer in 1 s"):
             probe(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=1)
         assert time.monotonic() - started < 5
+
+
+@contextmanager
+def _starting_head(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]:
+    """What a head answers before it can run jobs: `answers` to one submission after the other. Gives the ids it saw."""
+    import ray
+
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, body: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_GET(self) -> None:
+            version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
+            self.answer(200, json.dumps(version) if self.path == "/api/version" else "")  # and has every package
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"])
+            status, body = answers[len(asked) - 1]
+            self.answer(
+                status, json.dumps({"submission_id": asked[-1], "job_id": asked[-1]}) if status == 200 else body
+            )
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+NO_AGENT = (500, "No available agent to submit job, please try again later.")
+
+
+@pytest.mark.parametrize(
+    "second", [(200, "taken"), (400, "job already exists")], ids=["takes it", "had heard the first time"]
+)
+def test_a_head_that_is_still_starting_is_asked_again(
+    second: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _starting_head(NO_AGENT, second) as (address, asked):
+        assert main(["--address", address, "--working-dir", str(tmp_path), "--detach", "--", "--version"]) == 0
+    out, error = capsys.readouterr()
+    assert len(asked) == 2 and asked[0] == asked[1] and f"job {asked[0]}: python -m mmsa_dist --version" in out
+    assert error == "the head is still starting; asking again until it takes the job\n"
+
+
+def test_a_head_that_never_takes_a_job_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.submit.START_SECONDS", 1.0)
+    with _starting_head(*[NO_AGENT] * 5) as (address, asked), pytest.raises(TransientError, match="No available agent"):
+        main(["--address", address, "--working-dir", str(tmp_path), "--", "--version"])
+    assert 2 <= len(asked) <= 3
 
 
 def test_the_front_door_prints_the_sentence_and_returns_the_code() -> None:
