@@ -12,7 +12,7 @@ import pytest
 import torch
 import webdataset
 
-from benchmarks import peer, real, render, stall, systems
+from benchmarks import parts, peer, real, render, stall, systems
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
@@ -212,6 +212,15 @@ def test_the_peer_and_ours_get_the_first_samples_with_the_lengths_of_sentences(
             assert len(utterance.tokens) in (3, 5, masks.shape[1])
         assert (utterance.tokens > 0).all(), "each has an id"
         assert utterance.labels["M"] == whole["train"]["regression_labels"][number]
+
+
+def test_parts_are_compared_only_where_they_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "STEPS", 60)
+    for part in (*parts.bidirectional(), *parts.last_state(), *parts.projections(), parts.attention_dropout()[0]):
+        assert min(parts.compare(part, rounds=1)) > 0
+    wrong = parts.Part("a part", lambda: torch.zeros(3), lambda: torch.ones(3))
+    with pytest.raises(AssertionError, match="a part"):
+        parts.compare(wrong, rounds=1)
 
 
 def test_a_systems_cost_is_measured(tmp_path: Path) -> None:
