@@ -194,6 +194,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from mmsa_dist import run_folder
+    from mmsa_dist.ledger import Ledger
     from mmsa_dist.loop import fit
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session, write_description
@@ -230,7 +231,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     session = open_session(recipe, run, 0, 1)
     events = CpuEvents(run)
-    result = fit(session, events, NullTracker(), events.saved)
+    result = fit(session, events, NullTracker(), events.saved, Ledger())
     session.close()
     dist.destroy_process_group()
     timed = events.epochs[1:]

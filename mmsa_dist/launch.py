@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
     for attempt in range(recipe.launch.max_failures + 1):
         make_ready(folder)
-        outcome = start(recipe, folder)
+        with attempted(folder, resumed=not attempt):
+            outcome = start(recipe, folder)
         if (folder / "result.json").is_file():
             return dict(run_folder.read_json(folder / "result.json"))
         error = diagnose(folder, outcome)
@@ -69,6 +72,22 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         )
         time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def attempted(folder: Path, *, resumed: bool) -> Iterator[None]:
+    """Notes among the driver's events when an attempt begins and ends; `ledger.account` reads them.
+
+    Args:
+        resumed: the first attempt of this driver.
+    """
+    events = run_folder.Events(folder, None)
+    events.write("attempt", resumed=resumed)
+    try:
+        yield
+    finally:
+        events.write("attempt_end")
+        events.close()
 
 
 def make_ready(folder: Path) -> None:

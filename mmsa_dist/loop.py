@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mmsa_dist import checkpoint, metrics, run_folder
 from mmsa_dist.errors import TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
+from mmsa_dist.ledger import Ledger
 from mmsa_dist.run_folder import Events
 from mmsa_dist.session import Session, left_out
 from mmsa_dist.tracking import Tracker
@@ -42,8 +43,13 @@ class Progress:
     stale: int = 0
 
 
-def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> dict[str, Any]:
+def fit(session: Session, events: Events, tracker: Tracker, report: Report, ledger: Ledger) -> dict[str, Any]:
     """Trains to the end, tests once, and gives ``result.json``'s content."""
+    with ledger.under("other"):
+        return train(session, events, tracker, report, ledger)
+
+
+def train(session: Session, events: Events, tracker: Tracker, report: Report, ledger: Ledger) -> dict[str, Any]:
     recipe, engine, generator = session.recipe, session.engine, session.generator
     state = Progress(**session.progress)
     began = time.monotonic()
@@ -51,11 +57,12 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
     ahead = None
     while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
         plan, steps = ahead or read_epoch(session, state.epoch, state.step_in_epoch)
-        for batches in steps:
-            seed_step(recipe.seed, engine.steps, session.rank)
-            batches = [batch.to(engine.device) for batch in batches]
-            done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)))
-            generator.observe(state.epoch, batches, done.predictions)
+        for batches in ledger.waiting(steps):
+            with ledger.under("step"):
+                seed_step(recipe.seed, engine.steps, session.rank)
+                batches = [batch.to(engine.device) for batch in batches]
+                done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)))
+                generator.observe(state.epoch, batches, done.predictions)
             state.step_in_epoch += 1
             state.loss_sum += done.loss
             events.step(state.epoch, state.step_in_epoch, plan.num_steps, done.loss)
@@ -64,11 +71,14 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
                 and engine.steps % recipe.checkpoint.every_steps == 0
                 and state.step_in_epoch < plan.num_steps
             ):
-                save(session, state)
+                with ledger.under("checkpoint"):
+                    save(session, state)
+                events.write("saved", step=engine.steps)
         generator.end_epoch()
         another = state.epoch < recipe.train.epochs and state.stale + 1 < recipe.train.patience  # whatever comes out
         ahead = read_epoch(session, state.epoch + 1) if another else None
-        valid = evaluate(session, "valid").metrics
+        with ledger.under("evaluation"):
+            valid = evaluate(session, "valid").metrics
         value = valid[recipe.train.monitor]
         if metrics.is_better(recipe.train.monitor, value, state.best_value):
             state.best_value, state.best_epoch, state.best_step, state.stale = value, state.epoch, engine.steps, 0
@@ -82,9 +92,11 @@ def fit(session: Session, events: Events, tracker: Tracker, report: Report) -> d
         events.write("epoch", **summary)
         tracker.epoch(flat(summary), engine.steps)
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
-        save(session, state)
+        with ledger.under("checkpoint"):
+            save(session, state)
+        events.write("saved", step=engine.steps)
         report(flat(summary))
-    return finish(session, state, events)
+    return finish(session, state, events, ledger)
 
 
 def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Iterator[list[Batch]]]:
@@ -94,7 +106,7 @@ def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan,
     return plan, session.loader.train(plan, session.rank, session.world, accumulation, start_step)
 
 
-def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
+def finish(session: Session, state: Progress, events: Events, ledger: Ledger) -> dict[str, Any]:
     """The best epoch's weights: kept, evaluated on validation and, once, on the test split.
 
     Raises:
@@ -118,7 +130,8 @@ def finish(session: Session, state: Progress, events: Events) -> dict[str, Any]:
     result |= left_out(session.recipe)
     splits = ["valid", *(["test"] if session.recipe.train.test and session.index.splits.get("test") else [])]
     for split in splits:
-        evaluation = evaluate(session, split)
+        with ledger.under("evaluation"):
+            evaluation = evaluate(session, split)
         result[split] = evaluation.metrics
         for name, of_set in by_set(session, split, evaluation).items():
             result.setdefault("sets", {}).setdefault(name, {})[split] = of_set

@@ -1,6 +1,7 @@
 """The folder a run leaves: everything in it can be read without us.
 
-``recipe.yaml plan.json environment.json data.json events/rank-*.jsonl checkpoints/ best/ predictions/ result.json``
+``recipe.yaml plan.json environment.json data.json events/rank-*.jsonl events/driver.jsonl checkpoints/ best/
+predictions/ time.json result.json``
 """
 
 import errno
@@ -12,7 +13,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -125,15 +126,21 @@ class Events:
     """One JSON object a line, appended; a killed writer leaves at most one broken last line.
 
     A disk that is full ends no run here: events are lost then, with one warning.
+
+    Args:
+        rank: None for the driver.
+        booked: gives what is told with every event of where the time went (`ledger`).
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, folder: Path, rank: int | None, booked: Callable[[], dict[str, float]] | None = None) -> None:
+        self.rank, self._booked = rank, booked
         self._last: float | None = None
         self._lost = False
-        self._file: TextIO = (folder / "events" / f"rank-{rank}.jsonl").open("a", encoding="utf-8")
+        self._file: TextIO = events_file(folder, rank).open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
+        if self._booked:
+            values["booked"] = self._booked()
         try:
             self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
             self._file.flush()
@@ -158,9 +165,13 @@ class Events:
             self._file.close()
 
 
-def read_events(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """All whole events of a rank."""
-    path = folder / "events" / f"rank-{rank}.jsonl"
+def events_file(folder: Path, rank: int | None) -> Path:
+    return folder / "events" / ("driver.jsonl" if rank is None else f"rank-{rank}.jsonl")
+
+
+def read_events(folder: Path, rank: int | None = 0) -> list[dict[str, Any]]:
+    """All whole events of a rank, or of the driver (None)."""
+    path = events_file(folder, rank)
     events = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -14,6 +14,7 @@ from mmsa_dist import launch, run_folder, session
 from mmsa_dist.checks import check_system
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
 from mmsa_dist.follow import Follower
+from mmsa_dist.ledger import account
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
 from shards.mix import AnyIndex, Mix
 from shards.quarantine import damaged
@@ -164,6 +165,11 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     from shards.progress import console
 
     console.print(result_table(result))
+    if not (folder / "time.json").is_file():
+        spent = account(folder)
+        if spent.wall:  # none of a run that an older version began
+            run_folder.write_json(folder / "time.json", spent.dump())
+            print(spent)
     published = None
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import finish_run
@@ -227,6 +233,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                 if rank == 0:
                     training.enter_context(ended(recipe, folder))
                     training.enter_context(Follower(folder, recipe.train.monitor))
+                    training.enter_context(launch.attempted(folder, resumed=True))
                 result = run_rank(folder, recipe, rank, world)
         dist.destroy_process_group()
         if rank == 0:

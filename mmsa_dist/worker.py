@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder
 from mmsa_dist.errors import MmsaError, TransientError
+from mmsa_dist.ledger import Ledger
 
 if TYPE_CHECKING:
     from mmsa_dist.loop import Report
@@ -30,7 +31,8 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
     Raises:
         whatever went wrong, after writing it to ``failures/``. No collective is called then: peers may be dead.
     """
-    events = run_folder.Events(folder, rank)
+    ledger = Ledger()
+    events = run_folder.Events(folder, rank, ledger.booked)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
     readers = ExitStack()
     try:
@@ -43,7 +45,7 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         readers.callback(session.loader.close)
         events.write("ready", steps=session.engine.steps)
         with open_tracker(folder, rank) as tracker:
-            result = fit(session, events, tracker, report or (lambda summary: None))
+            result = fit(session, events, tracker, report or (lambda summary: None), ledger)
         session.close()
         return result
     except OSError as error:

@@ -34,7 +34,7 @@ VALUE_LENGTH = 6000
 CODE = Path(__file__).resolve().parents[2]
 """The checkout that this code runs from, where it is one."""
 
-ARTIFACTS = ("recipe.yaml", "plan.json", "environment.json", "data.json", "result.json")
+ARTIFACTS = ("recipe.yaml", "plan.json", "environment.json", "data.json", "time.json", "result.json")
 
 
 def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) -> str | None:
@@ -210,6 +210,8 @@ def _log_result(client: "MlflowClient", run_id: str, run_dir: Path) -> None:
     numbers = {"best_epoch": result["best_epoch"], "epochs": result["epochs"]}
     numbers |= {f"best_valid_{name}": value for name, value in result["valid"].items()}
     numbers |= {f"test_{name}": value for name, value in result.get("test", {}).items()}
+    if (run_dir / "time.json").is_file():
+        numbers |= {f"time_{name}": value for name, value in run_folder.read_json(run_dir / "time.json").items()}
     from mlflow.entities import Metric
 
     # the file's time, so that a second call sends the same rows and adds none

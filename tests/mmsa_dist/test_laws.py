@@ -65,6 +65,7 @@ class StoppedError(Exception):
 
 def train(folder: Path, recipe: dict[str, Any], stop_after: int | None = None) -> dict[str, Any]:
     """One rank of a run in `folder`: losses of its steps, epochs' results, and what it ended with."""
+    from mmsa_dist.ledger import Ledger
     from mmsa_dist.loop import fit
     from mmsa_dist.session import open_session
     from mmsa_dist.tracking import NullTracker
@@ -77,7 +78,7 @@ def train(folder: Path, recipe: dict[str, Any], stop_after: int | None = None) -
     epochs: list[dict[str, Any]] = []
     result: dict[str, Any] | None = None
     try:
-        result = fit(session, events, NullTracker(), epochs.append)
+        result = fit(session, events, NullTracker(), epochs.append, Ledger())
     except StoppedError:
         pass
     finally:
