@@ -13,6 +13,8 @@ Clamp, momentum and the order of a step are those of `label_generators.state`.
 
 Distances between features of different tasks need one width. SUGRM's own network gives it; for a system whose features
 differ in width the narrower ones are filled up with zeros, which keeps every distance within a task as it is.
+As in ULGM, and unlike the public code: a label of zero is in neither class (there it is positive:
+`labels.zero_is_positive`), and labels and centres move once an optimizer step (there once a micro-batch).
 Ratios are compared as products, so that a feature that lies on C- has a ratio too: the greatest.
 
 Shapes: N training samples, B rows of the global batch, d width of a feature; 2 classes.

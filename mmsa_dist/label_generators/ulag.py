@@ -13,11 +13,12 @@ ULGM's label and F_k the features of a batch, k in m, t, a, v; for each task s i
 The task's loss is weighed by tanh|y^c_s - y_m|, so in the first epoch it is exactly zero.
 
 As in the public code, gradients flow from the target through c_s and the experts into the features, and no
-non-linearity stands between the two layers. Four things differ from it:
+non-linearity stands between the two layers. Five things differ from it:
 
 - The confidence layers are part of the model and of its optimizer (there they keep their random weights).
 - W_k has no bias: the feature of an absent modality is zero here, and so it has no part in the others' mixtures.
 - In the first epoch the target is y_m, as the paper says, and not only the loss zero.
+- A label of zero is in neither class of the centres; there it is positive (`labels.zero_is_positive`).
 - With fewer unimodal tasks (the paper's table 7) the experts of the others are gone from the mixture; there they stay.
 
 Shapes: N training samples, B rows of a batch, d width of a feature, K tasks with M, E width of an expert feature.

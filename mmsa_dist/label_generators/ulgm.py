@@ -9,8 +9,9 @@ sample, C+_k and C-_k the mean F_k of the samples whose current label y_k is pos
 
 Clamp, momentum and the order of a step are those of `label_generators.state`.
 
-Two things differ from the public code. Centres are kept as running sums, so a step costs O(B d) and not O(N d). And
-samples that were not visited yet take no part in them (there: zero vectors).
+Three things differ from the public code. Centres are kept as running sums, so a step costs O(B d) and not O(N d).
+Samples that were not visited yet take no part in them (there: zero vectors). And labels and centres move once an
+optimizer step, by all rows of the global batch (there once a micro-batch, of which an optimizer step has four).
 
 Shapes: N training samples, B rows of the global batch, d width of a feature; 2 classes, positive then negative.
 """

@@ -37,7 +37,7 @@ class IamConfig(Strict):
     """A modality's vector: [CLS] or the LSTM's last states; or the mean of all steps, with T x T attention."""
     join: Literal["sum", "concat"] = "sum"
     """How a modality's readings of the two others become H_n: added (eq. 12), or side by side into a linear layer."""
-    subtasks: tuple[Modality, ...] | None = None
+    subtasks: tuple[Modality, ...] | None = switch(None, table="-")
     """Modalities with a task of their own. Unset: all in use."""
     bi: bool = switch(True, table="5, 6")
     """Attention between modalities; without it F = [h_t, h_a, h_v]."""

@@ -80,10 +80,10 @@ class MulT(System):
     has a future mask (`layers.sight`), which here goes by each sample's own lengths.
 
     Differences from that code, and from MMSA's: no step of padding is ever seen (there, padding is data like any
-    other); the last step is the last *valid* one; convolution keeps the number of steps, as eq. 1 has it; positions
-    count steps from 1 (there, steps whose first feature is zero have none; MMSA leaves out positions altogether: set
-    `positions` to false). The last layer of self-attention is computed for the last step alone, which is all that is
-    read.
+    other); the last step is the last *valid* one; convolution keeps the number of steps, as eq. 1 has it; keys and
+    values share one embedding dropout (there, each draws its own); positions count steps from 1 (there, steps whose
+    first feature is zero have none; MMSA leaves out positions altogether: set `positions` to false). The last layer of
+    self-attention is computed for the last step alone, which is all that is read.
 
     Fewer modalities: two make two crossmodal transformers, one makes none and has its self-attention alone.
     An absent modality adds nothing to the others (its part of a residual sum is zero) and zeros to the last vector.

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmsa_dist.config import Strict
+from mmsa_dist.config import Strict, switch
 from mmsa_dist.layers.heads import SequenceVector
 from mmsa_dist.layers.pooling import masked_mean, zero_absent
 from mmsa_dist.layers.text import text_reader
@@ -55,7 +55,7 @@ class SelfMMConfig(Strict):
     """Dropout before the audio head."""
     post_vision_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the vision head."""
-    subtasks: tuple[Modality, ...] | None = None
+    subtasks: tuple[Modality, ...] | None = switch(None, table="-")
     """Modalities with a task of their own. Unset: all in use."""
 
 

@@ -46,7 +46,8 @@ class UfenMtfnConfig(Strict):
     """Modalities with a task of their own. Unset: all in use."""
     unimodal_targets: Literal["multimodal", "own"] = "multimodal"
     """What the unimodal tasks learn: the multimodal label, or labels of their own: the data's (CH-SIMS), or those that
-    a label generator makes of the pooled X^fusion and of what the answer is read from."""
+    a label generator makes of the pooled X^fusion and of what the answer is read from. The error is not weighed by how
+    far such a label lies from the multimodal one."""
     use_gru: bool = switch(True, table="9")
     """Bi-GRU; without it the features are only projected."""
     use_conv: bool = switch(True, table="9")
@@ -191,6 +192,8 @@ class UfenMtfn(System):
       step t of X^fusion reads step t // 2^layer of a layer. With stride 1 only the width is aligned.
     - Over which axis the encoder-decoder attends. Input is (batch, 6 d), one vector a sample, and attention over a
       sequence of one is void: it attends over the pairs, P tokens of width d. The linear layers read all P d numbers.
+    - What a layer's convolution reads: the convolution of the layer before, not its attention. All layers have as many
+      filters.
     - Residual connections: in the encoder-decoder as in the Transformer that it is; none around cross-modal attention.
     - Fewer modalities. Two make two pairs. One makes none and leaves nothing to fuse: Input is its pooled X^fusion and
       the answer is read from there; `cross_attention` and `encoder_decoder` change nothing then. (Pooled X^fusion is

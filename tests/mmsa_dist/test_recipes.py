@@ -31,23 +31,42 @@ REFERENCE: dict[str, dict[str, Any]] = {
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     # Zhou and Li, section 3.3 and table 2
-    "iam.mosi": {"data.batch_size": 32, "optim.lr": (5e-5, 6e-5, 6e-4, 6e-4), "model.dropout": 0.1},
-    "iam.mosei": {"data.batch_size": 32, "optim.lr": (5e-5, 6e-5, 5e-3, 6e-4), "model.lstm_dropout": 0.0},
+    "iam.mosi": {
+        "data.batch_size": 32, "optim.lr": (5e-5, 6e-5, 6e-4, 6e-4), "model.dropout": 0.1,
+        "model.lstm_dropout": 0.0, "model.audio_hidden": 16, "model.vision_hidden": 32,
+    },
+    "iam.mosei": {
+        "data.batch_size": 32, "optim.lr": (5e-5, 6e-5, 5e-3, 6e-4), "model.dropout": 0.1,
+        "model.lstm_dropout": 0.0, "model.audio_hidden": 16, "model.vision_hidden": 32,
+    },
+    "iam.sims": {
+        "data.batch_size": 32, "optim.lr": (5e-5, 6e-5, 6e-4, 6e-4), "model.dropout": 0.1,
+        "model.lstm_dropout": 0.0, "model.audio_hidden": 16, "model.vision_hidden": 64,
+    },
     # Sun & Wang, table 2; learning rates and decay as MMSA's for Self-MM; widths of the authors' wsy981101/2021WSY
     "tam_ulag.mosi": {
         "data.batch_size": 32, "train.epochs": 30, "model.audio_hidden": 32, "model.vision_hidden": 64,
         "optim.lr": (5e-5, 5e-3, 5e-3, 1e-3), "optim.weight_decay": (0.001, 0.001, 0.001, 0.001),
-        "model.post_text_dim": 64, "model.post_vision_dim": 32,
+        "model.post_fusion_dim": 128, "model.post_text_dim": 64, "model.post_audio_dim": 16,
+        "model.post_vision_dim": 32, "model.audio_out": 16, "model.vision_out": 32, "train.patience": 8,
+        "model.post_fusion_dropout": 0.1, "model.post_text_dropout": 0.0,
+        "model.post_audio_dropout": 0.1, "model.post_vision_dropout": 0.1,
     },
     "tam_ulag.mosei": {
         "data.batch_size": 32, "train.epochs": 30, "model.audio_hidden": 32, "model.vision_hidden": 32,
         "optim.lr": (5e-5, 5e-3, 1e-4, 1e-3), "optim.weight_decay": (0.001, 0.0, 0.0, 0.01),
-        "model.post_text_dim": 32, "model.post_vision_dim": 16,
+        "model.post_fusion_dim": 128, "model.post_text_dim": 32, "model.post_audio_dim": 16,
+        "model.post_vision_dim": 16, "model.audio_out": 16, "model.vision_out": 32, "train.patience": 8,
+        "model.post_fusion_dropout": 0.0, "model.post_text_dropout": 0.1,
+        "model.post_audio_dropout": 0.0, "model.post_vision_dropout": 0.1,
     },
     "tam_ulag.sims": {
         "data.batch_size": 32, "train.epochs": 30, "model.audio_hidden": 16, "model.vision_hidden": 64,
         "optim.lr": (5e-5, 5e-3, 5e-3, 1e-3), "optim.weight_decay": (0.001, 0.01, 0.01, 0.001),
-        "model.post_text_dim": 64, "model.post_vision_dim": 32,
+        "model.post_fusion_dim": 128, "model.post_text_dim": 64, "model.post_audio_dim": 16,
+        "model.post_vision_dim": 32, "model.audio_out": 16, "model.vision_out": 32, "train.patience": 8,
+        "model.post_fusion_dropout": 0.0, "model.post_text_dropout": 0.1,
+        "model.post_audio_dropout": 0.1, "model.post_vision_dropout": 0.0,
     },
     # the authors' skystarhyw/SUGRM
     "sugrm.mosi": {
@@ -58,6 +77,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "data.batch_size": 32 * 4, "optim.lr": (5e-5, 5e-4, 5e-4, 1e-3), "train.patience": 8,
         "optim.weight_decay": (0.001, 0.001, 0.001, 0.01), "model.common_dim": 32, "model.dropout": 0.1,
     },
+    # MMSA's values for Self-MM, as the authors do not train on it
+    "sugrm.sims": {
+        "data.batch_size": 32 * 4, "optim.lr": (5e-5, 5e-3, 5e-3, 1e-3), "train.patience": 8,
+        "optim.weight_decay": (0.001, 0.01, 0.01, 0.001), "model.audio_hidden": 16, "model.vision_hidden": 64,
+    },
     # MMSA's tuned values for MulT, but for IEMOCAP the paper's (table 5)
     "mult.mosi": {
         "data.batch_size": 16 * 8, "optim.lr": (5e-5, 2e-3, 2e-3, 2e-3), "optim.clip": 0.6, "model.width": 50,
@@ -67,6 +91,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.embedding_dropout": 0.2, "model.output_dropout": 0.5,
     },
     "mult.mosei": {
+        "optim.accumulation": 2, "train.epochs": 20, "train.patience": 8,
         "data.batch_size": 4 * 8, "optim.lr": (5e-5, 5e-4, 5e-4, 5e-4), "optim.clip": 0.6, "model.width": 30,
         "model.heads": 6, "model.layers": 4, "model.audio_kernel": 1, "model.vision_kernel": 3,
         "model.text_dropout": 0.3, "model.attention_dropout": 0.4, "model.audio_attention_dropout": 0.0,
@@ -84,7 +109,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "data.batch_size": 32, "optim.lr": (5e-5, 2e-3, 2e-3, 2e-3), "optim.clip": 0.8, "model.width": 40,
         "model.heads": 10, "model.layers": 4, "model.text_kernel": 3, "model.audio_kernel": 5,
         "model.vision_kernel": 3, "model.text_dropout": 0.3, "model.attention_dropout": 0.25,
-        "model.output_dropout": 0.1, "train.epochs": 30,
+        "model.audio_attention_dropout": 0.25, "model.vision_attention_dropout": 0.25, "model.relu_dropout": 0.1,
+        "model.residual_dropout": 0.1, "model.embedding_dropout": 0.3, "model.output_dropout": 0.1,
+        "train.epochs": 30,
     },
 }  # fmt: skip
 """Recipe -> key -> value, that of a group of four in the order text, audio, vision, rest."""
