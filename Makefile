@@ -41,7 +41,7 @@ demo: $(STAMP) ## the whole path: pack, train with 2 Ray workers at ZeRO-2, regi
 	@sh scripts/demo.sh $(BIN) $(WORKERS) $(EPOCHS) "$(DATA)"
 
 test: $(STAMP) ## every test that is neither slow nor needs a GPU
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: $(STAMP) ## every test, the slow ones too
 	$(BIN)/python -m pytest

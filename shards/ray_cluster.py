@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import socket
+import sys
 import threading
 from typing import Any
 
@@ -15,6 +16,8 @@ LOCAL = "local"
 
 _TOO_SLOW = "timed out during startup"
 """Of Ray's message where a node that it starts is not up after 30 s, which on a loaded machine happens."""
+_ATTEMPTS = 4
+"""How often a cluster of our own is started until it is up: that bound is fixed in Ray."""
 
 
 def check_listens(address: str, option: str) -> None:
@@ -42,7 +45,7 @@ def check_listens(address: str, option: str) -> None:
 def join(address: str, option: str, **settings: Any) -> None:
     """`ray.init` with `settings`, without Ray's logs and its handler of SIGTERM.
 
-    A cluster that is to start here and does not in time is ended, and started once more.
+    A cluster that is to start here and does not in time is ended, and started again.
 
     Args:
         address: of the cluster, ``auto``, or `LOCAL`.
@@ -53,19 +56,18 @@ def join(address: str, option: str, **settings: Any) -> None:
     """
     import ray
 
-    def attempt() -> None:
-        ray.init(address=address, logging_level="error", log_to_driver=False, **settings)
-
     handler = signal.getsignal(signal.SIGTERM)
     before = _children()
     try:
-        try:
-            attempt()
-        except Exception as error:
-            if address != LOCAL or _TOO_SLOW not in str(error):
-                raise
-            _end(_children() - before)
-            attempt()
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                ray.init(address=address, logging_level="error", log_to_driver=False, **settings)
+                break
+            except Exception as error:
+                if address != LOCAL or _TOO_SLOW not in str(error) or not left:
+                    raise
+                _end(_children() - before)
+                print("Ray was not up after 30 s, starting it again: this machine is busy", file=sys.stderr, flush=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise TransientError(
