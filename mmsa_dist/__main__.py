@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("shards.cli:verify", "check every checksum of a packed data set"),
     "unpack": ("shards.cli:unpack", "write a packed data set as a pickle of the MMSA toolkit"),
     "systems": ("mmsa_dist.systems_cli:main", "list the systems that can be trained, or show one"),
+    "plan": ("mmsa_dist.planning:main", "show what a run would do and need, before anything starts"),
     "train": ("mmsa_dist.cli:train", "train a system, test it once, register it"),
     "labels": ("mmsa_dist.labels:main", "show the unimodal labels that a run has generated"),
     "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),

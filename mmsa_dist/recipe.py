@@ -205,14 +205,18 @@ def _sources(text: str) -> dict[str, str]:
     return found
 
 
-def _recipe_values(system: str, recipe: str | None, overrides: list[str]) -> tuple[dict[str, Any], str]:
-    known = packaged(system)
+def recipe_file_of(system: str, recipe: str | None, overrides: list[str]) -> Path | None:
+    """The YAML file that `load_recipe` takes with the same arguments; None where defaults are all there is."""
     if recipe is None:
         name = _data_set_name(overrides)
-        recipe = next((known_name for known_name in known if known_name == name), None)
-        if recipe is None:
-            return {}, "defaults"
-    path = recipe_file(system, recipe)
+        recipe = next((known for known in packaged(system) if known == name), None)
+    return None if recipe is None else recipe_file(system, recipe)
+
+
+def _recipe_values(system: str, recipe: str | None, overrides: list[str]) -> tuple[dict[str, Any], str]:
+    path = recipe_file_of(system, recipe, overrides)
+    if path is None:
+        return {}, "defaults"
     values = _yaml(path)
     if values.setdefault("system", system) != system:
         raise ConfigError(f"{path}: the recipe is for system {values['system']!r}, but {system!r} was asked for")

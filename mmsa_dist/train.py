@@ -46,6 +46,15 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
 
 def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     """All that can be known to be wrong before anything starts; paths made absolute, as ranks may run elsewhere."""
+    index, recipe = fit_together(recipe)
+    if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
+        raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
+    launch.check_place(recipe)
+    return index, recipe
+
+
+def fit_together(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
+    """The part of `check` that is the same wherever the run would take place."""
     if not recipe.data.path:
         raise ConfigError("no data: give --data FOLDER, a folder that `mmsa-dist pack` wrote, or its address")
     recipe = quarantined(absolute(recipe))
@@ -53,8 +62,6 @@ def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     session.check_data(recipe, index)
     check_system(recipe, index)
     recipe = session.settled(recipe, index)
-    if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
-        raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
     if recipe.engine.precision != "fp32" and recipe.engine.zero == 0:
         raise ConfigError(f"engine.zero: {recipe.engine.precision} needs ZeRO 1, 2 or 3 here; use --zero 1")
     if recipe.data.batch_size < recipe.optim.accumulation * recipe.launch.workers:
@@ -62,7 +69,6 @@ def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
             f"data.batch_size: {recipe.data.batch_size} samples cannot be shared by {recipe.launch.workers} workers x "
             f"{recipe.optim.accumulation} accumulation; raise --batch-size or lower --workers"
         )
-    launch.check_place(recipe)
     return index, recipe
 
 
