@@ -128,7 +128,7 @@ def _shape(output: Any) -> str:
 
 def _symbol(size: int) -> str:
     """An axis: B, T, or B·T where the steps of all samples stand behind one another."""
-    packed = size % BATCH == 0 and size > BATCH * min(STEPS.values())
+    packed = size % BATCH == 0 and size >= BATCH * min(STEPS.values())
     return _SYMBOLS.get(size, "B·T" if packed else str(size))
 
 

@@ -113,7 +113,7 @@ def tidy(folder: Path) -> list[str]:
 
 def saved(folder: Path) -> list[Path]:
     """Checkpoints by age, the newest last; after `tidy`, each as it was written."""
-    return sorted(folder.glob("step-*"))
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

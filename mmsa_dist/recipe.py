@@ -34,7 +34,10 @@ from shards.remote.url import is_url
 
 PACKAGED = Path(__file__).parent / "recipes"
 
-RESUMABLE = ("launch.", "tracking.", "checkpoint.", "engine.zero", "data.readers", "data.path", "data.eval_batch_size")
+RESUMABLE = (
+    "launch.", "tracking.", "checkpoint.", "engine.zero", "data.readers", "data.path", "data.eval_batch_size",
+    "labels.divide_above",
+)  # fmt: skip
 """What may differ when a run is resumed: none of it changes a result."""
 
 
@@ -94,6 +97,8 @@ def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """
     if not values.get("system"):
         raise ConfigError(f"{where}: the key `system` is missing; it names the system to train")
+    if not isinstance(values["system"], str):
+        raise ConfigError(f"{where}: `system` must be a system's name, found {values['system']!r}")
     return _validated(recipe_class(values["system"]), values, where)
 
 

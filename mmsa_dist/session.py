@@ -219,6 +219,11 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
     if spec.text is None:
         changed = [key for key, value in recipe.text.model_dump(exclude_defaults=True).items() if value is not None]
         said += [f"text.{key} is without effect: no text encoder reads the text" for key in changed]
+        if "text" in spec.widths and getattr(recipe.model, "text_pooling", None) == "cls":
+            said.append(
+                "model.text_pooling: cls takes the first step of the given text features for all of them, which is "
+                "right where it is BERT's [CLS]; --model.text-pooling mean reads every step"
+            )
     if launch.launcher != "ray":
         said += ["launch.address is without effect: only --launcher ray joins a cluster"] if launch.address else []
         said += ["launch.gpus_per_worker is without effect: each local rank takes one GPU where there are any"] * bool(

@@ -10,7 +10,8 @@ from torch import Tensor
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over real steps: values (B, T, D), mask (B, T) bool -> (B, D). A sample without a real step gives zero."""
     kept = values.masked_fill(~mask[..., None], 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    wide = torch.promote_types(values.dtype, torch.float32)  # a sum of 500 steps leaves half precision's range
+    return (kept.sum(1, dtype=wide) / mask.sum(1, keepdim=True).clamp(min=1)).to(values.dtype)
 
 
 def last_valid(values: Tensor, lengths: Tensor) -> Tensor:

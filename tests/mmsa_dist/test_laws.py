@@ -157,6 +157,36 @@ def test_four_ranks_and_accumulation_equal_one(
         assert_equal(of_rank, alone(system), "accumulated")
 
 
+def observed(folder: Path, recipe: dict[str, Any]) -> list[tuple[int, bool]]:
+    """Of each step the epoch that the label generator was told, and whether a label of text differs from y_m then."""
+    from mmsa_dist.label_generators.state import GeneratedLabels
+
+    own, steps = GeneratedLabels.observe, []
+    at_first: list[torch.Tensor] = []  # y_m
+
+    def observe(self: Any, epoch: int, *seen: Any) -> None:
+        at_first.append(self.state_dict()["label.T"])
+        own(self, epoch, *seen)
+        steps.append((epoch, not torch.equal(self.state_dict()["label.T"], at_first[0])))
+
+    GeneratedLabels.observe = observe  # type: ignore[method-assign]
+    try:
+        train(folder, recipe)
+    finally:
+        GeneratedLabels.observe = own  # type: ignore[method-assign]
+    return steps
+
+
+@pytest.mark.parametrize("system", ["self_mm", "sugrm", "tam_ulag"])
+def test_labels_move_from_the_second_epoch_on(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str
+) -> None:
+    """In the first the subtasks' losses are to be zero, and in epoch n labels move by 2 / (n + 1) (`test_ulgm`, …)."""
+    (steps,) = ranks(observed, 1, tmp_path, learning(system, data).dump())
+    assert [epoch for epoch, _ in steps] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert not any(moved for _, moved in steps[:3]) and steps[-1][1]
+
+
 def evaluated(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     from mmsa_dist.evaluation import evaluate
     from mmsa_dist.session import open_session

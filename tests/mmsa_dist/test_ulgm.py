@@ -370,6 +370,18 @@ def test_re_summing_by_chunks_changes_no_more_than_rounding(monkeypatch: pytest.
         torch.testing.assert_close(tensor, running[name], atol=1e-12, rtol=0)
 
 
+def test_an_epochs_end_sums_anew() -> None:
+    run = Run(samples=29, seed=9, global_batch=6)
+    generator: Any = ulgm(run)
+    epoch_steps(run, 1, generator)
+    right = generator.state_dict()
+    for centres in generator._centres.values():
+        centres.sums += 1.0  # as if rounding had added up
+    generator.end_epoch()
+    for name, tensor in generator.state_dict().items():
+        torch.testing.assert_close(tensor, right[name], atol=1e-12, rtol=0)
+
+
 # --- ranks
 
 
