@@ -59,7 +59,7 @@ def test_an_installation_that_fails_is_not_taken_for_one(tmp_path: Path) -> None
 def test_test_leaves_out_slow_and_gpu(pretended: Path) -> None:
     done = make("test", f"VENV={pretended}")
     assert done.returncode == 0, done.stderr
-    assert "python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m not slow and not gpu" in done.stdout
+    assert "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow and not gpu" in done.stdout
     assert "installing" not in done.stdout
 
 
