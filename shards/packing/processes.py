@@ -28,6 +28,8 @@ _MOST = 16
 _WORTH = 32 * 2**20
 """Bytes to be written for which it is worth while to start a process."""
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
 _SECONDS = 0.1
 """Between two reports of a process."""
 
@@ -89,9 +91,14 @@ class Processes:
         fork = multiprocessing.get_context("fork")
         mine, its = fork.Pipe()
         process = fork.Process(target=_serve, args=(self._make, its, [*self._processes, mine]), daemon=True)
-        process.start()
-        its.close()  # else nobody would see that the process is gone
-        self._processes[mine] = process
+        # an interrupt between the fork and the last line would leave a process that nobody ends, and that writes on
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+        try:
+            process.start()
+            its.close()  # else nobody would see that the process is gone
+            self._processes[mine] = process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(self, *error: object) -> None:
         for process in self._processes.values():
@@ -188,7 +195,7 @@ def _serve(make: Make, pipe: Connection, others: list[Connection]) -> None:
     """A process's whole life. Signals are the parent's business: it ends us when it ends."""
     for other in others:
         other.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     report = _Reports(pipe)
     with suppress(EOFError, OSError):  # the parent is gone
