@@ -72,12 +72,12 @@ def compare(system: str, data: Path, folder: Path, epochs: int, encoder: str | N
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from mmsa_dist import launch
+    from mmsa_dist import places
     from mmsa_dist.recipe import load_recipe
 
     words = ["--data", str(data), "--tracking.no-enabled", "--epochs", str(epochs + 1)]
     recipe = load_recipe(system, None, [*words, *(["--text.encoder", encoder] if encoder else [])])
-    launch.connect(recipe)
+    places.connect(recipe)
     answer = folder / f"{system}.json"
     trainer = TorchTrainer(
         both_loops,

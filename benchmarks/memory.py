@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.record import ROOT, Row, Table, record
 from benchmarks.render import measured, table, wanted
-from mmsa_dist.launch import RANK_ENVIRONMENT
+from mmsa_dist.places import RANK_ENVIRONMENT
 
 STAGES = (0, 1, 2, 3)
 WANTED = 0.05

@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks.lengths import ENCODER
 from benchmarks.record import ROOT, Row, portable, record
-from mmsa_dist.launch import RANK_ENVIRONMENT
+from mmsa_dist.places import RANK_ENVIRONMENT
 from shards.sources.pickles import load
 from shards.suggest import counted
 

@@ -87,7 +87,7 @@ def pack(folder: Path, samples: int) -> Path:
 
 def trained(system: str, words: list[str], run: Path, world: int, epochs: int) -> list[dict[str, list[float]]]:
     """What each rank measured."""
-    from mmsa_dist.launch import RANK_ENVIRONMENT
+    from mmsa_dist.places import RANK_ENVIRONMENT
 
     run.mkdir()
     processes = []

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("mmsa_dist.cli:train", "train a system, test it once, register it"),
     "labels": ("mmsa_dist.labels:main", "show the unimodal labels that a run has generated"),
     "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),
+    "export": ("mmsa_dist.export:main", "write a trained system as a folder that loads without DeepSpeed or Ray"),
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
 }
@@ -91,7 +92,7 @@ def _command(arguments: list[str]) -> int:
             return 1
         if "MMSA_DEBUG" in os.environ:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'stopped' if code > 128 else 'error'}: {error}", file=sys.stderr)
         return int(code)
 
 

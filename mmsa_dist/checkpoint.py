@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class Checkpoint:
         engine: weights and moments.
         generator: the label generator's state.
         progress: plain values: epoch, step in the epoch, best result, patience, running sums.
+        origin: what wrote it: versions, recipe, data, ranks, MLflow run. For a person to read; nothing depends on it.
     """
 
     engine: State
     generator: dict[str, Tensor]
     progress: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None) -> Path:
@@ -58,13 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         save_file(checkpoint.generator, partial / "labels.safetensors")
         progress = {"engine_step": step, "run": checkpoint.progress}
         (partial / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(
-            json.dumps({"schema": SCHEMA, "files": files}, indent=1), encoding="utf-8"
-        )
-        for path in partial.iterdir():
-            _fsync(path)
-        _fsync(partial)
+        write_manifest(partial, origin=checkpoint.origin)
         replaced = partial.with_name(f"{partial.name}-replaced")
         if target.exists():  # the same step, saved by an attempt that was killed after it
             target.rename(replaced)
@@ -157,8 +153,22 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
 
 
-def damage(path: Path, files: tuple[str, ...] = FILES) -> str | None:
-    """What is wrong with the checkpoint at `path`, None where all bytes of `files` agree with its manifest."""
+def write_manifest(folder: Path, **more: Any) -> None:
+    """``manifest.json``: size and sha256 of all files in `folder`, which are brought onto the disk; and `more`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): _fingerprint(path) for path in paths}
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"schema": SCHEMA, **more, "files": files}, indent=1), encoding="utf-8")
+    for path in [*paths, manifest, *{path.parent for path in paths}]:
+        _fsync(path)
+
+
+def damage(path: Path, files: tuple[str, ...] | None = FILES) -> str | None:
+    """What is wrong with the folder at `path`, None where all bytes of `files` agree with its manifest.
+
+    Args:
+        files: names within it; None: all that the manifest has.
+    """
     manifest = path / "manifest.json"
     if not manifest.is_file():
         return "no manifest.json: it was never finished"
@@ -166,7 +176,8 @@ def damage(path: Path, files: tuple[str, ...] = FILES) -> str | None:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         if int(content["schema"]) > SCHEMA:
             return f"{NEWER} (schema {content['schema']}, this one reads {SCHEMA})"
-        expected = {name: (int(content["files"][name]["bytes"]), content["files"][name]["sha256"]) for name in files}
+        known = content["files"]
+        expected = {name: (int(known[name]["bytes"]), known[name]["sha256"]) for name in files or known}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return "manifest.json cannot be read"
     for name, (size, sha256) in expected.items():

@@ -3,10 +3,10 @@
 Configuration of one part lives here only where the part has no class of its own; a system's is `System.Config`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -158,7 +158,9 @@ class LaunchConfig(Strict):
     """Where the ranks run."""
 
     workers: Annotated[int, tyro.conf.arg(aliases=["--workers"])] = Field(default=1, ge=1)
-    """Number of ranks."""
+    """Number of ranks. `--workers 1:4`: four, and as few as one where there is no room for more."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Fewest ranks to go on with. Unset: always as many as `workers`."""
     launcher: Annotated[Literal["ray", "local", "torchrun"], tyro.conf.arg(aliases=["--launcher"])] = "ray"
     """ray: Ray Train. local: processes of this machine. torchrun: this process is one rank that torchrun started."""
     address: Annotated[str | None, tyro.conf.arg(aliases=["--address"])] = None
@@ -170,7 +172,17 @@ class LaunchConfig(Strict):
     max_failures: int = Field(default=2, ge=0)
     """How often ranks that died are started again from the last checkpoint."""
     timeout: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
-    """Seconds after which a collective that does not return is an error."""
+    """Seconds that ranks may take to their first step, and that a collective may take."""
+    step_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """Seconds that a rank may stand still once it has taken a step; then all are started again."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers: {self.min_workers} are more than workers, {self.workers}; --workers LEAST:MOST sets both"
+            )
+        return self
 
 
 class CheckpointConfig(Strict):
@@ -178,6 +190,8 @@ class CheckpointConfig(Strict):
 
     every_steps: int | None = Field(default=None, ge=1)
     """Save after this many steps too, not only at the end of an epoch."""
+    every_seconds: float | None = Field(default=900.0, gt=0, allow_inf_nan=False)
+    """Save after so much time too: what a run can lose, at most. `mmsa-dist plan` says what loses the least."""
     keep: int = Field(default=1, ge=1)
     """Newest checkpoints kept, beside the best one."""
 

@@ -30,13 +30,18 @@ LossOf = Callable[[Prediction, Batch], Losses]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the global batch's loss, its parts, the learning rates used and the gradient's norm."""
+    """One optimizer step: the global batch's loss, its parts, the learning rates used and the gradient's norm.
+
+    Attributes:
+        asked: of each of the questions put to `Engine.step`, whether any rank said yes; the same on all ranks.
+    """
 
     loss: float
     parts: dict[str, float]
     lr: dict[str, float]
     grad_norm: float | None
     predictions: list[Prediction]
+    asked: tuple[bool, ...] = ()
 
 
 def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -137,8 +142,12 @@ class Engine:
             portable.load_optimizer(self.engine, system, self.stage, state)
         self.steps = 0 if state is None else state.step
 
-    def step(self, batches: Sequence[Batch], loss_of: LossOf) -> Step:
+    def step(self, batches: Sequence[Batch], loss_of: LossOf, asks: Sequence[bool] = ()) -> Step:
         """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.
+
+        Args:
+            asks: what this rank answers to questions that all ranks must agree on (to save, to end); they travel with
+                the loss, in the all-reduce that there is anyway.
 
         Raises:
             TrainingError: the loss or the gradient is not finite on some rank; no rank has stepped.
@@ -159,19 +168,22 @@ class Engine:
             last = i == len(batches) - 1
             self.engine.backward(losses.total)
             if last:
-                values = self._agree(total / len(batches), batches)
+                answers = torch.tensor(asks, dtype=torch.float32, device=total.device)
+                values = self._agree(torch.cat([total / len(batches), answers]), batches)
                 norm = self._norm_before_step(batches)
             self.engine.step()
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))  # DeepSpeed has asked all ranks
         if self.stage:
             norm = self.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
+        parts = dict(zip(names, values[1:], strict=False))
+        asked = tuple(value > 0 for value in values[1 + len(names) :])
         if self.dtype == torch.float16 and skipped:  # the loss scale was too high: it is lowered, nothing was learnt
-            return Step(values[0], dict(zip(names, values[1:], strict=True)), lr, None, predictions)
+            return Step(values[0], parts, lr, None, predictions, asked)
         if skipped or (norm is not None and not math.isfinite(norm)):
             raise self._not_finite("gradient", batches)
         self.steps += 1
-        return Step(values[0], dict(zip(names, values[1:], strict=True)), lr, norm, predictions)
+        return Step(values[0], parts, lr, norm, predictions, asked)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
@@ -186,6 +198,10 @@ class Engine:
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Replaces the weights for evaluation; the optimizer is left behind, so no step may follow."""
         portable.replace_weights(self.system, self.stage, weights)
+
+    def agree(self, answer: bool) -> bool:
+        """Whether any rank says yes. A collective call, for where there is no step to ask with."""
+        return bool(self._mean_over_ranks(torch.tensor(float(answer), device=self.device)) > 0)
 
     def close(self) -> None:
         """Frees DeepSpeed's hooks; ZeRO-3 may abort at exit otherwise."""

@@ -4,6 +4,7 @@ A batch holds the same samples whatever the number of ranks, and metrics are com
 number, so they do not depend on the number of ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ class Evaluation:
     metrics: dict[str, float | None]
 
 
-def evaluate(session: Session, split: str) -> Evaluation:
-    """Predicts `split` on all ranks. A collective call."""
+def evaluate(session: Session, split: str, beat: Callable[[], object] = lambda: None) -> Evaluation:
+    """Predicts `split` on all ranks. A collective call.
+
+    Args:
+        beat: is called with every batch.
+    """
     plan = evaluation_plan(session.index, split, session.recipe.data.eval_batch_size)
     tasks = session.spec.judged
     rows = []
@@ -42,6 +47,7 @@ def evaluate(session: Session, split: str) -> Evaluation:
         predicted = session.engine.predict(batch).tasks
         given = torch.stack([predicted[task] for task in tasks], dim=1).double().cpu()
         known = [batch.numbers, batch.weight, *(batch.labels[task] for task in tasks)]
+        beat()
         rows.append(torch.cat([torch.stack([column.double() for column in known], dim=1), given], dim=1))
     table = gather_rows(torch.cat(rows), session.engine.device).numpy()
     table = table[table[:, 1] > 0]

@@ -3,42 +3,23 @@
 Three ways to run the same rank: Ray Train, processes of this machine, or torchrun (then this process is a rank).
 """
 
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmsa_dist import checkpoint, run_folder
-from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
-from mmsa_dist.own_cluster import name_own_cluster
+from mmsa_dist import checkpoint, places, run_folder, stopping
+from mmsa_dist.diagnosis import diagnose, first_line, written_down
+from mmsa_dist.errors import StoppedError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
-from shards import ray_cluster
-
-RANK_ENVIRONMENT = {
-    # two ranks on two cores must not spin at barriers: one epoch was seen to take 1 to 42 s so
-    "GOMP_SPINCOUNT": "0",
-    "OMP_WAIT_POLICY": "passive",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DEEPSPEED_LOG_LEVEL": "warning",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    # glibc gives every freed large tensor back to the kernel, and each step faults its memory in anew: up to a third
-    # of a rank's CPU time. One arena, as Ray trains in a thread, where large blocks always come from mmap otherwise.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-}
-"""Set in the environment of every rank before it starts."""
-
 
 PAUSE = 15
 """Seconds before ranks start again that met a disk or a server in trouble; doubled each time. Ranks that were killed
@@ -48,30 +29,47 @@ start again at once."""
 def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Trains in `folder` with the launcher of the recipe, restarting ranks that died, and gives the result.
 
+    Ranks that were asked to end and saved start again too, where it was not this process that was asked; that is no
+    failure.
+
     Raises:
         MmsaError: of a rank, as its sentence; TransientError after more than ``launch.max_failures`` deaths.
+        StoppedError: this process got a signal.
     """
     start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
-    for attempt in range(recipe.launch.max_failures + 1):
-        make_ready(folder)
-        with attempted(folder, resumed=not attempt):
-            outcome = start(recipe, folder)
-        if (folder / "result.json").is_file():
-            return dict(run_folder.read_json(folder / "result.json"))
-        error = diagnose(folder, outcome)
-        if not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
-            raise error
-        saved = any((folder / "checkpoints").glob("step-*"))
-        wait = PAUSE * 2**attempt if written_down(folder) else 0
-        print(
-            f"{error}; starting again {'from the last checkpoint' if saved else 'from the beginning'}"
-            + (f" in {wait} s" if wait else "")
-            + f" ({attempt + 1} of {recipe.launch.max_failures})",
-            file=sys.stderr,
-            flush=True,
-        )
-        time.sleep(wait)
-    raise AssertionError("unreachable")
+    failed, resumed = 0, True
+    with stopping.Signals(folder) as signals:
+        while True:
+            make_ready(folder)
+            if signals.number:
+                raise signals.stopped()
+            with attempted(folder, resumed=resumed):
+                outcome = start(recipe, folder)
+            resumed = False
+            if (folder / "result.json").is_file():
+                return dict(run_folder.read_json(folder / "result.json"))
+            if signals.number:
+                raise signals.stopped()
+            if done := stopping.ended(folder):
+                say(f"{done['why']}; saved after step {done['step']:,}, starting again from there")
+                continue
+            error = diagnose(folder, outcome)
+            failed += 1
+            if not isinstance(error, TransientError) or failed > recipe.launch.max_failures:
+                raise error
+            saved = any((folder / "checkpoints").glob("step-*"))
+            pause = PAUSE * 2 ** (failed - 1) if written_down(folder) else 0
+            say(
+                f"{error}; starting again {'from the last checkpoint' if saved else 'from the beginning'}"
+                + (f" in {pause} s" if pause else "")
+                + f" ({failed} of {recipe.launch.max_failures})"
+            )
+            time.sleep(pause)
+
+
+def say(sentence: str) -> None:
+    """What a person at the driver should know, beside the progress that goes to stdout."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -101,13 +99,14 @@ def make_ready(folder: Path) -> None:
         (folder / "failures").rename(folder / f"failures-{past + 1}")
     for stale in folder.glob(".rendezvous-*"):
         stale.unlink()
+    stopping.forget(folder)
     for sentence in checkpoint.tidy(folder / "checkpoints"):
         print(sentence, file=sys.stderr)
 
 
 def run_local(recipe: Recipe, folder: Path) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
-    world = recipe.launch.workers
+    world = places.as_many_as_fit(recipe, say).launch.workers
     rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
     processes: list[subprocess.Popen[bytes]] = []
     logs = folder / "logs"
@@ -116,7 +115,7 @@ def run_local(recipe: Recipe, folder: Path) -> str:
         for rank in range(world):
             environment = {
                 **os.environ,
-                **RANK_ENVIRONMENT,
+                **places.RANK_ENVIRONMENT,
                 "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -152,6 +151,9 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
         bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
         if bad:
             rank, code = bad[0]
+            for late, process in enumerate(processes):
+                if process.poll() is None and _is_stopped(process.pid):
+                    say(f"rank {late} (process {process.pid}) is stopped by a signal, and answers nobody")
             deadline = time.monotonic() + 2
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
@@ -163,21 +165,55 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
         time.sleep(0.05)
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP, where that can be known."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
+
+
 def run_ray(recipe: Recipe, folder: Path) -> str:
     """Ranks as Ray Train workers, in a cluster that is there or one of our own."""
     import ray
 
-    connect(recipe)
+    places.connect(recipe)
     has = ray.cluster_resources()
-    check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
-    check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
+    places.check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
+    places.check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
+    most, recipe = recipe.launch.workers, places.as_many_as_fit(recipe, say)
+    growth = places.Growth(recipe.launch, most)
+
+    def look() -> None:
+        if more := growth():
+            stopping.request(folder, f"{recipe.launch.workers} -> {more} workers, as there is room for them")
+
     try:
         # a name of its own: Ray resumes a run whose name it has seen, from what it knows of it
         trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{secrets.token_hex(3)}")
-        trainer.fit()
+        beside(trainer.fit, look)
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
         return f"Ray Train: {type(error).__name__}: {first_line(str(error))}"
     return ""
+
+
+def beside(call: Callable[[], object], look: Callable[[], None]) -> None:
+    """Makes a call in a thread of its own: in the main one Ray takes Ctrl-C for itself, and drops what is unsaved.
+
+    Args:
+        look: is called now and then meanwhile; signals are heard as well.
+    """
+    outcome: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
+    while not wait([outcome], timeout=0.5).done:
+        look()
+    outcome.result()
 
 
 def ray_trainer(recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (), report: bool = False) -> Any:
@@ -226,13 +262,14 @@ def train_function(config: dict[str, Any]) -> None:
     recipe = from_dict(config["recipe"])
     if not recipe.launch.gpus_per_worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rank without a GPU of its own takes nobody else's
-    run_rank(
-        Path(config["folder"]),
-        recipe,
-        context.get_world_rank(),
-        context.get_world_size(),
-        report if config["report"] else None,
-    )
+    with suppress(StoppedError):  # the driver reads it in the run's folder; Ray would take it for a failure
+        run_rank(
+            Path(config["folder"]),
+            recipe,
+            context.get_world_rank(),
+            context.get_world_size(),
+            report if config["report"] else None,
+        )
 
 
 RESERVATION = "placement-group"
@@ -245,146 +282,3 @@ def note_reservation(folder: Path) -> None:
     group = get_current_placement_group()
     if group is not None:
         run_folder.write_text(folder / RESERVATION, group.id.hex())
-
-
-def check_place(recipe: Recipe) -> None:
-    """What can be known of the place before anything is written: this machine's CPUs, or whether the cluster answers.
-
-    Raises:
-        ConfigError: more CPUs or GPUs asked for than there are. TransientError: the address does not answer.
-    """
-    address = cluster_address(recipe)
-    if recipe.launch.launcher == "local" or (recipe.launch.launcher == "ray" and address is None):
-        check_cpus(recipe, _own_cpus(), "this machine")
-        if recipe.launch.gpus_per_worker:
-            import torch
-
-            check_gpus(recipe, torch.cuda.device_count(), "this machine")
-    elif recipe.launch.launcher == "ray" and address not in (None, "auto"):
-        ray_cluster.check_listens(str(address), "launch.address")
-
-
-def cluster_address(recipe: Recipe) -> str | None:
-    """The Ray cluster to join; None starts one here."""
-    return recipe.launch.address or os.environ.get("RAY_ADDRESS") or None
-
-
-def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
-    """Joins the Ray cluster of the recipe or of the environment, else starts one here.
-
-    Ray cannot be kept to the loopback interface: but for the dashboard, the cluster's ports are open to the network.
-
-    Raises:
-        ConfigError: more workers than this machine has CPUs. TransientError: the address does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # `report` waits for the controller's poll
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        return
-    check_place(recipe)
-    address = cluster_address(recipe)
-    environment = {**RANK_ENVIRONMENT, "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker)}
-    own: dict[str, Any] = {}
-    if address is None:
-        own = {"num_cpus": _own_cpus(), "include_dashboard": dashboard}
-        own["dashboard_host"] = "127.0.0.1"  # of no use to others
-    runtime = {"env_vars": environment, "worker_process_setup_hook": name_own_cluster}
-    ray_cluster.join(address or ray_cluster.LOCAL, "launch.address", runtime_env=runtime, **own)
-
-
-def check_cpus(recipe: Recipe, cpus: int, where: str) -> None:
-    """Says at once that a request cannot run, where Ray would wait for ever.
-
-    Raises:
-        ConfigError: more CPUs asked for than there are.
-    """
-    launch = recipe.launch
-    needed = launch.workers * launch.cpus_per_worker
-    if needed > cpus:
-        raise ConfigError(
-            f"launch.workers: {launch.workers} workers x {launch.cpus_per_worker} CPUs need {needed} CPUs, "
-            f"{where} has {cpus}; use --workers {max(1, cpus // launch.cpus_per_worker)} "
-            "or a larger cluster (--address)"
-        )
-
-
-def check_gpus(recipe: Recipe, gpus: float, where: str) -> None:
-    """The same for GPUs.
-
-    Raises:
-        ConfigError: more GPUs asked for than there are.
-    """
-    launch = recipe.launch
-    needed = launch.workers * launch.gpus_per_worker
-    if needed > gpus:
-        raise ConfigError(
-            f"launch.gpus_per_worker: {launch.workers} workers x {launch.gpus_per_worker:g} GPUs need {needed:g} GPUs, "
-            f"{where} has {gpus:g}; leave --launch.gpus-per-worker out, lower --workers, or name a larger cluster "
-            "(--address)"
-        )
-
-
-def _own_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def diagnose(folder: Path, outcome: str) -> MmsaError:
-    """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
-    entries = failures(folder)
-    if None in entries:
-        outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
-    if own := written_down(folder):
-        kinds: dict[int, type[MmsaError]] = {
-            cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
-        }
-        return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
-    bugs = [entry for entry in entries if entry and not _of_a_peer(entry)]
-    if bugs:
-        first = bugs[0]
-        return TrainingError(
-            f"rank {first['rank']} failed: {first['type']}: {first_line(first['message'])}; "
-            f"its traceback is in {folder / 'failures'}"
-        )
-    seen = outcome or "the ranks ended without a result"
-    return TransientError(f"{seen}; what the ranks printed is in {folder / 'logs'}")
-
-
-def failures(folder: Path) -> list[dict[str, Any] | None]:
-    """What ranks wrote down of how they failed, in order of time; None for what is cut short."""
-    entries: list[dict[str, Any] | None] = []
-    for path in sorted((folder / "failures").glob("*.json")):
-        try:
-            entries.append(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError:
-            entries.append(None)
-    return entries
-
-
-def written_down(folder: Path) -> list[dict[str, Any]]:
-    """Failures that ranks could name themselves: errors of ours, with an exit code."""
-    return [entry for entry in failures(folder) if entry and entry["exit_code"] is not None]
-
-
-def first_line(text: str) -> str:
-    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
-
-
-PEER_DIED = (
-    "connection closed by peer",
-    "connection reset",
-    "connection refused",
-    "gloo",
-    "nccl",
-    "broken pipe",
-    "timed out",
-    "workergroup",
-)
-
-
-def _of_a_peer(entry: dict[str, Any]) -> bool:
-    """Whether a rank failed only because another one was gone."""
-    text = f"{entry['type']} {entry['message']}".lower()
-    return entry["type"] in ("SystemExit", "KeyboardInterrupt") or any(mark in text for mark in PEER_DIED)

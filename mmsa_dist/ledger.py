@@ -31,10 +31,17 @@ Item = TypeVar("Item")
 
 
 class Ledger:
-    """Seconds by name, of one process; at any time exactly one name is booked under, "start" at first."""
+    """Seconds by name, of one process; at any time exactly one name is booked under, "start" at first.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        watcher: is told of each stretch that ended, by name: a sign of life.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, watcher: Callable[[str], None] = lambda name: None
+    ) -> None:
         self._clock, self._name, self._since = clock, "start", clock()
+        self._watcher = watcher
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -57,6 +64,10 @@ class Ledger:
                     return
             yield item
 
+    def beat(self) -> None:
+        """Books what there is until now: a sign of life in the middle of a long stretch."""
+        self._turn(self._name)
+
     def booked(self) -> dict[str, float]:
         """Seconds by name until now."""
         self._turn(self._name)
@@ -66,6 +77,7 @@ class Ledger:
         now = self._clock()
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._since
         before, self._name, self._since = self._name, name, now
+        self._watcher(before)
         return before
 
 
@@ -147,10 +159,10 @@ def _of_attempt(events: list[dict[str, Any]], begun: float, end: float) -> Mappi
     last = events[-1]
     seconds = dict(last["booked"])
     seconds["start"] = seconds.get("start", 0.0) + events[0]["time"] - begun - events[0]["booked"].get("start", 0.0)
-    if last["event"] == "end":
+    if last["event"] in ("end", "stopped"):
         seconds["other"] = seconds.get("other", 0.0) + end - last["time"]
         return seconds
-    kept: dict[str, float] = next((event["booked"] for event in reversed(events) if event["event"] == "saved"), {})
+    kept: dict[str, float] = next((e["kept"] for e in reversed(events) if e["event"] == "saved"), {})
     lost = end - last["time"]
     for name in seconds.keys() - {"start"}:
         lost += seconds[name] - kept.get(name, 0.0)

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from mmsa_dist import checkpoint, metrics, run_folder
-from mmsa_dist.errors import TrainingError
+from mmsa_dist.errors import StoppedError, TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.run_folder import Events
+from mmsa_dist.saving import Saver
 from mmsa_dist.session import Session, left_out
+from mmsa_dist.stopping import Requests
 from mmsa_dist.tracking import Tracker
 from shards.batch import Batch
 from shards.plan import Plan
@@ -43,13 +45,33 @@ class Progress:
     stale: int = 0
 
 
-def fit(session: Session, events: Events, tracker: Tracker, report: Report, ledger: Ledger) -> dict[str, Any]:
-    """Trains to the end, tests once, and gives ``result.json``'s content."""
-    with ledger.under("other"):
-        return train(session, events, tracker, report, ledger)
+def fit(
+    session: Session,
+    events: Events,
+    tracker: Tracker,
+    report: Report,
+    ledger: Ledger,
+    requests: Requests | None = None,
+) -> dict[str, Any]:
+    """Trains to the end, tests once, and gives ``result.json``'s content.
+
+    Raises:
+        StoppedError: the run was asked to end; all ranks have saved.
+    """
+    requests = requests or Requests(session.folder, session.rank)
+    with ledger.under("other"), Saver(session, events, ledger) as saver:
+        return train(session, events, tracker, report, ledger, saver, requests)
 
 
-def train(session: Session, events: Events, tracker: Tracker, report: Report, ledger: Ledger) -> dict[str, Any]:
+def train(
+    session: Session,
+    events: Events,
+    tracker: Tracker,
+    report: Report,
+    ledger: Ledger,
+    saver: Saver,
+    requests: Requests,
+) -> dict[str, Any]:
     recipe, engine, generator = session.recipe, session.engine, session.generator
     state = Progress(**session.progress)
     began = time.monotonic()
@@ -61,24 +83,25 @@ def train(session: Session, events: Events, tracker: Tracker, report: Report, le
             with ledger.under("step"):
                 seed_step(recipe.seed, engine.steps, session.rank)
                 batches = [batch.to(engine.device) for batch in batches]
-                done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)))
+                asks = (saver.due(), requests.come())
+                done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)), asks)
                 generator.observe(state.epoch, batches, done.predictions)
             state.step_in_epoch += 1
             state.loss_sum += done.loss
             events.step(state.epoch, state.step_in_epoch, plan.num_steps, done.loss)
-            if (
-                recipe.checkpoint.every_steps
-                and engine.steps % recipe.checkpoint.every_steps == 0
-                and state.step_in_epoch < plan.num_steps
-            ):
-                with ledger.under("checkpoint"):
-                    save(session, state)
-                events.write("saved", step=engine.steps)
+            saver.tell()
+            save, stop = done.asked
+            every = recipe.checkpoint.every_steps
+            save |= every is not None and engine.steps % every == 0
+            if (save or stop) and state.step_in_epoch < plan.num_steps:
+                saver.save(state)
+                if stop:
+                    raise stopped(session, saver, requests, events)
         generator.end_epoch()
         another = state.epoch < recipe.train.epochs and state.stale + 1 < recipe.train.patience  # whatever comes out
         ahead = read_epoch(session, state.epoch + 1) if another else None
         with ledger.under("evaluation"):
-            valid = evaluate(session, "valid").metrics
+            valid = evaluate(session, "valid", ledger.beat).metrics
         value = valid[recipe.train.monitor]
         if metrics.is_better(recipe.train.monitor, value, state.best_value):
             state.best_value, state.best_epoch, state.best_step, state.stale = value, state.epoch, engine.steps, 0
@@ -92,11 +115,20 @@ def train(session: Session, events: Events, tracker: Tracker, report: Report, le
         events.write("epoch", **summary)
         tracker.epoch(flat(summary), engine.steps)
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
-        with ledger.under("checkpoint"):
-            save(session, state)
-        events.write("saved", step=engine.steps)
+        saver.save(state)
         report(flat(summary))
+        if another and engine.agree(requests.come()):
+            raise stopped(session, saver, requests, events)
+    saver.wait()
     return finish(session, state, events, ledger)
+
+
+def stopped(session: Session, saver: Saver, requests: Requests, events: Events) -> StoppedError:
+    """What to raise once the last checkpoint is on the disk; no rank leaves before that."""
+    saver.wait()
+    dist.barrier()
+    events.write("stopped", step=session.engine.steps)
+    return requests.stopped(session.engine.steps)
 
 
 def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Iterator[list[Batch]]]:
@@ -131,7 +163,7 @@ def finish(session: Session, state: Progress, events: Events, ledger: Ledger) ->
     splits = ["valid", *(["test"] if session.recipe.train.test and session.index.splits.get("test") else [])]
     for split in splits:
         with ledger.under("evaluation"):
-            evaluation = evaluate(session, split)
+            evaluation = evaluate(session, split, ledger.beat)
         result[split] = evaluation.metrics
         for name, of_set in by_set(session, split, evaluation).items():
             result.setdefault("sets", {}).setdefault(name, {})[split] = of_set
@@ -142,16 +174,6 @@ def finish(session: Session, state: Progress, events: Events, ledger: Ledger) ->
         run_folder.write_json(session.folder / "result.json", result)  # last: a run with a result is a finished one
     events.write("end", **result)
     return result
-
-
-def save(session: Session, state: Progress) -> None:
-    """One checkpoint; all ranks gather it, rank 0 writes it."""
-    labels = session.generator.state_dict(keep=session.rank == 0)
-    whole = session.engine.state()
-    if whole is None:
-        return
-    content = checkpoint.Checkpoint(whole, labels, asdict(state))
-    checkpoint.save(session.folder / "checkpoints", content, session.recipe.checkpoint.keep, state.best_step or None)
 
 
 def keep_best(weights: Path, folder: Path) -> None:

@@ -61,8 +61,11 @@ class Predictor:
             DataError: a file is missing or does not fit the others.
             ConfigError: the recipe names a system that is not here.
         """
+        from mmsa_dist.checkpoint import damage
         from mmsa_dist.systems import get_system
 
+        if (folder / "manifest.json").is_file() and (fault := damage(folder, None)) is not None:
+            raise DataError(f"{folder}: {fault}; export the model again")
         recipe = read_recipe(_present(folder / RECIPE))
         card = DataCard.load(folder)
         text = _text(card, folder)

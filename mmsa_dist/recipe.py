@@ -5,8 +5,10 @@ Packaged recipes are ``recipes/<system>.<data set>.yaml``; each value there says
 
 import contextlib
 import difflib
+import hashlib
 import io
 import itertools
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -62,6 +64,11 @@ class Recipe(Strict):
         """Plain values; `from_dict` takes them back."""
         return self.model_dump(mode="json")
 
+    def digest(self) -> str:
+        """sha256 of all that changes a result."""
+        counts = {key: value for key, value in _flat(self.dump()).items() if not key.startswith(RESUMABLE)}
+        return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
+
 
 def absolute(recipe: Recipe) -> Recipe:
     """`recipe` with the paths of this machine spelt out: ranks, and whoever resumes, run in other folders."""
@@ -115,9 +122,20 @@ def load_recipe(system: str, recipe: str | None, overrides: list[str]) -> Recipe
         ConfigError: unknown recipe, key or value. SystemExit(0) after ``--help``.
     """
     cls = recipe_class(system)
+    overrides = _spelt_out(overrides)
     values, origin = _recipe_values(system, recipe, overrides)
     default = _validated(cls, {**values, "system": system}, origin)
     return _with_overrides(cls, default, overrides, system)
+
+
+def _spelt_out(words: list[str]) -> list[str]:
+    """``--workers 1:4`` as the two values that it sets."""
+    joined = re.sub(
+        r"(^|\0)(--workers|--launch\.workers)[=\0](\d+):(\d+)(?=\0|$)",
+        r"\1--launch.workers\0\4\0--launch.min-workers\0\3",
+        "\0".join(words),
+    )
+    return joined.split("\0") if joined else []
 
 
 def origin(system: str, recipe: str | None, overrides: list[str]) -> str:

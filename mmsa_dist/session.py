@@ -19,6 +19,7 @@ from mmsa_dist.label_generators import LabelGenerator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System, get_system
+from mmsa_dist.tracking import Link
 from shards.batch import BatchSpec
 from shards.costs import CostRule
 from shards.loader import Loader
@@ -51,6 +52,19 @@ class Session:
     reader: AnyReader
     loader: Loader
     progress: dict[str, Any]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What its checkpoints say of who wrote them."""
+        link, recipe = Link.load(self.folder), self.recipe
+        return {
+            "packages": run_folder.environment()["packages"],
+            "recipe": recipe.digest(),
+            "data": self.index.fingerprint,
+            "ranks": self.world,
+            "zero": recipe.engine.zero,
+            "mlflow_run": link.run_id if link else None,
+        }
 
     def plan(self, epoch: int) -> Plan:
         """The order of `epoch` (from 1)."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from mmsa_dist import launch, run_folder, session
+from mmsa_dist import launch, places, run_folder, session
 from mmsa_dist.checks import check_system
-from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.ledger import account
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
+from mmsa_dist.stopping import Requests
 from shards.mix import AnyIndex, Mix
 from shards.quarantine import damaged
 from shards.suggest import counted
@@ -49,7 +50,7 @@ def check(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     index, recipe = fit_together(recipe)
     if recipe.engine.precision == "fp16" and not recipe.launch.gpus_per_worker and not _has_gpu():
         raise ConfigError("engine.precision: fp16 needs a GPU, and there is none here; use bf16 or fp32")
-    launch.check_place(recipe)
+    places.check_place(recipe)
     return index, recipe
 
 
@@ -158,9 +159,8 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
         if recipe.tracking.enabled:
             from mmsa_dist.tracking import end_run
 
-            end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        stopped = isinstance(error, KeyboardInterrupt | TransientError)
-        if stopped:
+            end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
+        if isinstance(error, KeyboardInterrupt | StoppedError | TransientError):
             print(f"go on with: mmsa-dist train --resume {folder}", file=sys.stderr)
         raise
 
@@ -206,7 +206,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
             "`torchrun --standalone --nproc-per-node N -m mmsa_dist train … --launcher torchrun`, "
             "or use --launcher local"
         )
-    for key, value in launch.RANK_ENVIRONMENT.items():
+    for key, value in places.RANK_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": world})})
@@ -240,7 +240,9 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                     training.enter_context(ended(recipe, folder))
                     training.enter_context(Follower(folder, recipe.train.monitor))
                     training.enter_context(launch.attempted(folder, resumed=True))
-                result = run_rank(folder, recipe, rank, world)
+                requests = Requests(folder, rank)
+                requests.listen(driven=False)
+                result = run_rank(folder, recipe, rank, world, requests=requests)
         dist.destroy_process_group()
         if rank == 0:
             conclude(recipe, folder, result)

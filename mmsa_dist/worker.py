@@ -17,25 +17,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import MmsaError, TransientError
+from mmsa_dist.errors import MmsaError, StoppedError, TransientError
 from mmsa_dist.ledger import Ledger
+from mmsa_dist.stopping import Requests
+from mmsa_dist.watch import Watch
 
 if TYPE_CHECKING:
     from mmsa_dist.loop import Report
     from mmsa_dist.recipe import Recipe
 
 
-def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Report | None" = None) -> dict[str, Any]:
+def run_rank(
+    folder: Path,
+    recipe: "Recipe",
+    rank: int,
+    world: int,
+    report: "Report | None" = None,
+    requests: Requests | None = None,
+) -> dict[str, Any]:
     """Trains as rank `rank` of `world`, in a process group that exists already.
 
     Raises:
+        StoppedError: the run was asked to end, and is saved.
         whatever went wrong, after writing it to ``failures/``. No collective is called then: peers may be dead.
     """
-    ledger = Ledger()
+    launch = recipe.launch
+    watch = Watch(folder, rank, launch.timeout, launch.step_timeout, lambda error: record_failure(folder, rank, error))
+    ledger = Ledger(watcher=watch.alive)
     events = run_folder.Events(folder, rank, ledger.booked)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
     readers = ExitStack()
     try:
+        readers.enter_context(watch)
         share_cores(recipe.launch.cpus_per_worker)
         from mmsa_dist.loop import fit
         from mmsa_dist.session import open_session
@@ -45,9 +58,12 @@ def run_rank(folder: Path, recipe: "Recipe", rank: int, world: int, report: "Rep
         readers.callback(session.loader.close)
         events.write("ready", steps=session.engine.steps)
         with open_tracker(folder, rank) as tracker:
-            result = fit(session, events, tracker, report or (lambda summary: None), ledger)
+            result = fit(session, events, tracker, report or (lambda summary: None), ledger, requests)
         session.close()
         return result
+    except StoppedError:
+        session.close()
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             record_failure(folder, rank, error)
@@ -125,15 +141,17 @@ def main() -> int:
     """A rank that the local launcher started."""
     from mmsa_dist.recipe import read_recipe
 
-    end_with(int(os.environ["MMSA_LAUNCHER"]))
     folder = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    requests = Requests(folder, rank)
+    requests.listen(driven=True)
+    end_with(int(os.environ["MMSA_LAUNCHER"]))
     recipe = read_recipe(folder / "recipe.yaml")
     try:
         import torch.distributed as dist
 
         join_group(rank, world, recipe.launch.timeout)
-        run_rank(folder, recipe, rank, world)
+        run_rank(folder, recipe, rank, world, requests=requests)
         dist.destroy_process_group()
     except MmsaError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mmsa_dist import launch, run_folder, train
+from mmsa_dist import launch, places, run_folder, train
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, load_recipe
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if recipe.launch.launcher != "ray":
         raise ConfigError(f"--launcher {recipe.launch.launcher}: a sweep runs on Ray; leave --launcher out")
+    if recipe.launch.min_workers is not None:
+        raise ConfigError("--workers: the trials of a sweep all have the same number of workers; give one number")
     _, recipe = train.check(recipe)
     space = Space.load(system, Path(options.space) if options.space else None).checked(recipe)
     space = _narrowed(space, recipe, overrides)
@@ -127,7 +129,7 @@ def _connected(recipe: Recipe, options: Options) -> int:
 
     from tune.search import concurrency
 
-    launch.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
+    places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
     free = ray.available_resources()
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
     fits = concurrency(recipe.launch, cpus, gpus)

@@ -7,7 +7,7 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mmsa_dist import launch, run_folder
+from mmsa_dist import diagnosis, launch, run_folder
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.metrics import higher_is_better, is_better
 from mmsa_dist.recipe import Recipe, read_recipe
@@ -43,7 +43,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
         outcome = _attempt(recipe, folder, attempt)
         if (folder / RESULT).is_file():
             return
-        error = launch.diagnose(folder, outcome)
+        error = diagnosis.diagnose(folder, outcome)
         stopped = "stopped" in run_folder.read_json(folder / TRIAL)  # its ranks were taken from it
         if stopped or not isinstance(error, TransientError) or attempt == recipe.launch.max_failures:
             raise error
@@ -57,7 +57,7 @@ def _attempt(recipe: Recipe, folder: Path, attempt: int) -> str:
     try:
         launch.ray_trainer(recipe, folder, name=name, callbacks=[callback], report=True).fit()
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
-        return f"Ray Train: {type(error).__name__}: {launch.first_line(str(error))}"
+        return f"Ray Train: {type(error).__name__}: {diagnosis.first_line(str(error))}"
     return ""
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from benchmarks.data.readers import READERS
 from benchmarks.data.sets import FORMATS
 from benchmarks.record import ROOT
-from mmsa_dist.launch import RANK_ENVIRONMENT
+from mmsa_dist.places import RANK_ENVIRONMENT
 
 Rates = dict[str, dict[str, dict[str, list[dict[str, float]]]]]
 """name -> readers -> "cold" or "warm" -> one rate a round; a name whose package is missing has none."""

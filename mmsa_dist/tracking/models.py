@@ -126,14 +126,20 @@ def _better(client: "MlflowClient", name: str, version: str, holder: str, alias:
     )
 
 
-def model_folder(run_dir: Path, into: Path) -> Path:
-    """Writes the model folder of a run's best weights (see `predictor`)."""
+def model_folder(run_dir: Path, into: Path, weights: Path | None = None) -> Path:
+    """Writes the model folder (see `predictor`) of a run, or of another such folder.
+
+    Args:
+        weights: those to take; the best ones by default.
+    """
     into.mkdir(parents=True)
-    shutil.copyfile(weights_path(run_dir), into / WEIGHTS)
+    shutil.copyfile(weights or weights_path(run_dir), into / WEIGHTS)
     shutil.copyfile(run_dir / RECIPE, into / RECIPE)
     card = DataCard.load(run_dir)
     card.save(into)
-    if card.text is not None and card.text.encoder is not None:
+    if (run_dir / ENCODER).is_dir():
+        shutil.copytree(run_dir / ENCODER, into / ENCODER)
+    elif card.text is not None and card.text.encoder is not None:
         save_encoder(card.text.encoder, into / ENCODER)
     return into
 

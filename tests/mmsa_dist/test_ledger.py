@@ -75,7 +75,13 @@ def event(name: str, time: float, **values: Any) -> dict[str, Any]:
 
 FIRST = [
     event("start", 104.0, booked={"start": 1.0}),  # its process was there at 103
-    event("saved", 130.0, booked={"start": 6.0, "step": 15.0, "data": 1.0, "checkpoint": 5.0}),
+    # it was taken at 130, and written by 132
+    event(
+        "saved",
+        132.0,
+        booked={"start": 6.0, "step": 17.0, "data": 1.0, "checkpoint": 5.0},
+        kept={"start": 6.0, "step": 15.0, "data": 1.0, "checkpoint": 5.0},
+    ),
     event("warning", 131.0, message="of another writer"),
     event("step", 140.0, booked={"start": 6.0, "step": 24.0, "data": 2.0, "checkpoint": 5.0}),
 ]

@@ -11,7 +11,7 @@ import pytest
 OURS = """
 import subprocess, sys
 import ray
-from mmsa_dist.launch import connect
+from mmsa_dist.places import connect
 from mmsa_dist.recipe import from_dict
 
 connect(from_dict({"system": "self_mm", "data": {"path": "none"}}), dashboard=True)

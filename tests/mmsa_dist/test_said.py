@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmsa_dist import launch
+from mmsa_dist import diagnosis
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import load_recipe, origin
@@ -75,6 +75,6 @@ def test_what_ranks_wrote_down_is_told_from_what_was_cut_short(tmp_path: Path) -
     named = {"rank": 0, "exit_code": 75, "type": "TransientError", "message": "the server is silent"}
     (tmp_path / "failures" / "1.json").write_text(json.dumps(named))
     (tmp_path / "failures" / "2.json").write_text('{"rank": 1, "ex')
-    assert launch.failures(tmp_path) == [named, None]
-    assert launch.written_down(tmp_path) == [named]
-    assert str(launch.diagnose(tmp_path, "")) == "the server is silent"
+    assert diagnosis.failures(tmp_path) == [named, None]
+    assert diagnosis.written_down(tmp_path) == [named]
+    assert str(diagnosis.diagnose(tmp_path, "")) == "the server is silent"

@@ -1,0 +1,66 @@
+"""Why an attempt failed, of what its ranks wrote down and its launcher saw."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
+
+
+def diagnose(folder: Path, outcome: str) -> MmsaError:
+    """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
+    entries = failures(folder)
+    if None in entries:
+        outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
+    if own := written_down(folder):
+        kinds: dict[int, type[MmsaError]] = {
+            cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
+        }
+        return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
+    bugs = [entry for entry in entries if entry and not _of_a_peer(entry)]
+    if bugs:
+        first = bugs[0]
+        return TrainingError(
+            f"rank {first['rank']} failed: {first['type']}: {first_line(first['message'])}; "
+            f"its traceback is in {folder / 'failures'}"
+        )
+    seen = outcome or "the ranks ended without a result"
+    return TransientError(f"{seen}; what the ranks printed is in {folder / 'logs'}")
+
+
+def failures(folder: Path) -> list[dict[str, Any] | None]:
+    """What ranks wrote down of how they failed, in order of time; None for what is cut short."""
+    entries: list[dict[str, Any] | None] = []
+    for path in sorted((folder / "failures").glob("*.json")):
+        try:
+            entries.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError:
+            entries.append(None)
+    return entries
+
+
+def written_down(folder: Path) -> list[dict[str, Any]]:
+    """Failures that ranks could name themselves: errors of ours, with an exit code."""
+    return [entry for entry in failures(folder) if entry and entry["exit_code"] is not None]
+
+
+def first_line(text: str) -> str:
+    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), "")
+
+
+PEER_DIED = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "gloo",
+    "nccl",
+    "broken pipe",
+    "timed out",
+    "workergroup",
+)
+
+
+def _of_a_peer(entry: dict[str, Any]) -> bool:
+    """Whether a rank failed only because another one was gone."""
+    text = f"{entry['type']} {entry['message']}".lower()
+    return entry["type"] in ("SystemExit", "KeyboardInterrupt") or any(mark in text for mark in PEER_DIED)

@@ -1,0 +1,112 @@
+"""How a run is ended in good order: whoever is asked to, all ranks agree on a step, save, and end.
+
+The driver puts `REQUEST` into the run's folder, where rank 0 finds it; a rank that gets a signal of its own votes for
+it itself. All learn of a vote with the loss of the same step (`Engine.step`), so no rank ends alone.
+"""
+
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from mmsa_dist import run_folder
+from mmsa_dist.errors import StoppedError
+
+REQUEST = "stop.json"
+"""Asks the ranks of a run to end."""
+
+STOPPED = "stopped.json"
+"""Says that they did: what for, and after which step."""
+
+LOOK = 0.2
+"""Seconds between two looks for `REQUEST`."""
+
+
+def request(folder: Path, why: str) -> None:
+    """Asks the ranks of the run in `folder` to end."""
+    run_folder.write_json(folder / REQUEST, {"why": why})
+
+
+def forget(folder: Path) -> None:
+    """Before ranks start: what earlier ones were asked and did."""
+    for name in (REQUEST, STOPPED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def ended(folder: Path) -> dict[str, Any] | None:
+    """``{"why", "step"}`` where the ranks ended because they were asked to."""
+    with suppress(FileNotFoundError):
+        return dict(run_folder.read_json(folder / STOPPED))
+    return None
+
+
+class Signals:
+    """The driver's ear, as a context: the first SIGINT or SIGTERM asks the ranks to end, the second ends all at once.
+
+    Attributes:
+        number: of the signal that came, 0 for none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.number = folder, 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # not in a trial of a sweep, which its sweep ends
+            self._before = {n: signal.signal(n, self._hear) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self.number = number
+        request(self._folder, f"{signal.Signals(number).name} to the driver")
+        print("ending after this step, once it is saved; a second signal ends at once", file=sys.stderr, flush=True)
+
+    def stopped(self) -> StoppedError:
+        """What to raise after a signal came and the ranks are gone."""
+        done = ended(self._folder)
+        kept = f"saved after step {done['step']:,}" if done else "it goes on from its last checkpoint"
+        return StoppedError(f"{signal.Signals(self.number).name}; {kept}", self.number)
+
+
+class Requests:
+    """One rank's ear: whether it is asked to end the run."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank, self._looked = folder, rank, 0.0
+        self._why: str | None = None
+
+    def listen(self, *, driven: bool) -> None:
+        """Takes SIGTERM as a request, in a process whose main thread trains.
+
+        Args:
+            driven: by a driver of ours, which hears a Ctrl-C for all its ranks; else that is a request too.
+        """
+        signal.signal(signal.SIGTERM, self._hear)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if driven else self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._why = f"{signal.Signals(number).name} to rank {self._rank}"
+
+    def come(self) -> bool:
+        """This rank's vote."""
+        if self._why is None and self._rank == 0 and time.monotonic() - self._looked >= LOOK:
+            self._looked = time.monotonic()
+            with suppress(FileNotFoundError):
+                self._why = str(run_folder.read_json(self._folder / REQUEST)["why"])
+        return self._why is not None
+
+    def stopped(self, step: int) -> StoppedError:
+        """Writes down that all ranks have saved after `step` and end; what to raise."""
+        if self._why is not None:  # those that were told by others' votes do not know what for
+            run_folder.write_json(self._folder / STOPPED, {"why": self._why, "step": step})
+        return StoppedError(f"{self._why or 'another rank was asked to end'}; saved after step {step}")

@@ -1,0 +1,140 @@
+"""A number of ranks that changes while a run goes on: nodes of a real Ray cluster that die and join."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.recipe import load_recipe
+from mmsa_dist.run_folder import read_events
+from tests.end_to_end.started import PATIENCE, Run
+
+
+class Cluster:
+    """Ray nodes of one machine, each a process that can be killed."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it holds sockets
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.join("--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false", "--num-cpus=1")
+
+    def join(self, *words: str) -> subprocess.Popen[bytes]:
+        """A node of one CPU; the first is the head."""
+        words = words or (f"--address={self.address}", "--num-cpus=1")
+        command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--node-ip-address=127.0.0.1"]
+        command += ["--object-store-memory=80000000", f"--temp-dir={self.folder}", "--block", "--disable-usage-stats"]
+        with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
+            node = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
+            )  # fmt: skip
+        self.nodes.append(node)
+        return node
+
+    def wait(self, cpus: int) -> None:
+        """Until the cluster has so many CPUs."""
+        look = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); "
+        look += "print('cpus', int(ray.cluster_resources().get('CPU', 0)))"
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            seen = subprocess.run([sys.executable, "-c", look, self.address], capture_output=True, text=True)
+            if f"cpus {cpus}" in seen.stdout:
+                return
+            time.sleep(1)
+        pytest.fail(f"no cluster of {cpus} CPUs: {seen.stdout}{seen.stderr}")
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """kill -9 of all of a node's processes."""
+        if node.poll() is None:
+            started = psutil.Process(node.pid)
+            for process in [*started.children(recursive=True), started]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            node.wait()
+
+    def close(self) -> None:
+        for node in reversed(self.nodes):
+            self.kill(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.close()
+
+
+def ranks(run: Run) -> list[int]:
+    """The numbers of ranks that the run has had, in order."""
+    return [int(event["world"]) for event in read_events(run.folder) if event["event"] == "start"]
+
+
+@pytest.mark.fault
+@pytest.mark.ray
+@pytest.mark.parametrize("zero", [1, 3])
+def test_ranks_go_and_come_with_the_nodes(zero: int, words: list[str], cluster: Cluster, tmp_path: Path) -> None:
+    """One node of two is killed: one rank goes on. Another joins: two do. The losses are those of two ranks alone."""
+    same = [*words, "--zero", str(zero), "--epochs", "60"]
+    same += ["--model.post-text-dropout", "0", "--model.post-audio-dropout", "0"]
+    alone = Run(tmp_path / "alone", *same, "--workers", "2", "--launcher", "local")
+    expected = alone.result()
+    second = cluster.join()
+    cluster.wait(2)
+    run = Run(tmp_path / "elastic", *same, "--workers", "1:2", "--address", cluster.address)
+    try:
+        run.until_epoch(3)
+        cluster.kill(second)
+        run.until(lambda event: event["event"] == "ready" and len(ranks(run)) == 2, "no second beginning")
+        cluster.join()
+        result = run.result()
+        assert ranks(run) == [2, 1, 2]
+        assert re.search(r"1 -> 2 workers, as there is room for them; saved after step \d+, starting again", run.output)
+        losses = {e["epoch"]: e["train_loss"] for e in read_events(run.folder) if e["event"] == "epoch"}
+        for event in read_events(alone.folder):
+            if event["event"] == "epoch" and event["epoch"] <= 8:
+                assert losses[event["epoch"]] == pytest.approx(event["train_loss"], abs=1e-5), event["epoch"]
+        assert result["epochs"] == expected["epochs"] == len(losses)
+    finally:
+        run.kill()
+
+
+def test_a_range_of_workers_is_read(data_words: list[str]) -> None:
+    for words in (["--workers", "1:4"], ["--workers=1:4"], ["--launch.workers", "1:4"]):
+        launch = load_recipe("self_mm", None, [*data_words, *words]).launch
+        assert (launch.min_workers, launch.workers) == (1, 4)
+    assert load_recipe("self_mm", None, ["--workers", "3"]).launch.min_workers is None
+    with pytest.raises(ConfigError, match=r"min_workers: 4 are more than workers, 2; --workers LEAST:MOST"):
+        load_recipe("self_mm", None, ["--workers", "4:2"])
+    with pytest.raises(ConfigError, match="workers"):
+        load_recipe("self_mm", None, ["--workers", "0:2"])
+
+
+@pytest.fixture
+def data_words(words: list[str]) -> list[str]:
+    return words[1:3]
+
+
+def test_more_than_the_machine_has_is_cut_down(words: list[str], tmp_path: Path) -> None:
+    """The local launcher takes what fits, and says so."""
+    cpus = len(os.sched_getaffinity(0))
+    run = Run(
+        tmp_path, *words, "--epochs", "1", "--workers", f"1:{cpus + 1}", "--launcher", "local", "--batch-size", "24"
+    )
+    result: dict[str, Any] = run.result()
+    assert result["epochs"] == 1 and ranks(run) == [cpus]
+    assert f"{cpus} of {cpus + 1} workers, as there is room for no more" in run.output

@@ -1,0 +1,95 @@
+"""`mmsa-dist export`: what leaves a run loads with torch alone, answers as the run does, and is checked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmsa_dist import checkpoint
+from mmsa_dist.__main__ import main
+from mmsa_dist.checkpoint import Checkpoint
+from mmsa_dist.errors import DataError
+from mmsa_dist.portable import State
+from mmsa_dist.predictor import Predictor
+from tests.mmsa_dist.runs import packed, tiny_encoder, trained
+
+ALONE = """
+import json, sys
+for name in ("deepspeed", "ray", "mlflow", "webdataset"):
+    sys.modules[name] = None  # an import of it fails
+from pathlib import Path
+from mmsa_dist.predictor import Predictor
+predictor = Predictor.load(Path(sys.argv[1]))
+answers = predictor.predict([predictor.utterance(predictor.example(), "example")])
+print(json.dumps({task: values.tolist() for task, values in answers.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, behind a text encoder of its own."""
+    folder = tmp_path_factory.mktemp("export")
+    encoder = tiny_encoder(folder / "encoder")
+    return trained(folder / "runs", packed(folder / "data"), encoder=str(encoder))[0]
+
+
+def test_it_loads_with_torch_alone_and_answers_as_the_run_does(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
+    whole = Predictor.load(run)
+    expected = whole.predict([whole.utterance(whole.example(), "example")])
+    alone = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "model")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(alone.stdout) == {task: values.tolist() for task, values in expected.items()}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing hidden stays"
+    again = tmp_path / "again"
+    assert main(["export", str(tmp_path / "model"), "--to", str(again)]) == 0, "a model's folder can be exported too"
+    assert (again / "weights.safetensors").read_bytes() == (tmp_path / "model" / "weights.safetensors").read_bytes()
+
+
+def test_the_python_of_its_readme_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
+    code = (tmp_path / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('": audio', '": [[0.5] * 5]').replace('": vision', '": None'), {})
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "recipe.yaml", "data.json", "encoder/vocab.txt"])
+def test_what_was_changed_is_not_loaded(name: str, run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
+    file = tmp_path / "model" / name
+    if not file.is_file():
+        (file,) = (tmp_path / "model" / "encoder").glob("tokenizer.json")
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(DataError, match=r"bytes, expected \d+; export the model again"):
+        Predictor.load(tmp_path / "model")
+
+
+def test_a_run_that_goes_on_gives_its_best_epoch_so_far(run: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    for name in ("recipe.yaml", "data.json"):
+        (unfinished / name).write_bytes((run / name).read_bytes())
+    weights = {name: value + 0 for name, value in Predictor.load(run).system.state_dict().items()}
+    for step in (1, 2):
+        more = {name: value + step if value.is_floating_point() else value for name, value in weights.items()}
+        moments = {"exp_avg": {}, "exp_avg_sq": {}}
+        content = Checkpoint(State(step, more, moments), {}, {"best_step": 1})
+        checkpoint.save(unfinished / "checkpoints", content, 9, 1)
+    assert main(["export", str(unfinished), "--to", str(tmp_path / "model")]) == 0
+    first = checkpoint.load_weights(unfinished / "checkpoints" / "step-00000001")
+    given = Predictor.load(tmp_path / "model").system.state_dict()
+    assert all((given[name] == value).all() for name, value in first.items())
+
+
+def test_what_cannot_be_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    assert main(["export", str(run), "--to", str(taken)]) == 2 and list(taken.iterdir()) == []
+    assert "is there already; choose another folder" in capsys.readouterr().err
+    assert main(["export", str(taken), "--to", str(tmp_path / "new")]) == 3
+    assert "holds no weights" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "new")]) == 2
+    assert main(["export", str(run)]) == 2 and main(["export", str(run), "--two", "x"]) == 2
