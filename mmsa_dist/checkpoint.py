@@ -21,6 +21,8 @@ from mmsa_dist.portable import MOMENTS, State
 
 SCHEMA = 1
 
+MANIFEST = "manifest.json"
+
 FILES = ("weights.safetensors", "optimizer.safetensors", "labels.safetensors", "progress.json")
 
 
@@ -48,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         TransientError: the disk is full or refuses; what was there before is still whole.
     """
     step = checkpoint.engine.step
-    target = folder / f"step-{step:08d}"
+    target = step_folder(folder, step)
     partial = folder / f".partial-{target.name}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +159,7 @@ def write_manifest(folder: Path, **more: Any) -> None:
     """``manifest.json``: size and sha256 of all files in `folder`, which are brought onto the disk; and `more`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): _fingerprint(path) for path in paths}
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"schema": SCHEMA, **more, "files": files}, indent=1), encoding="utf-8")
     for path in [*paths, manifest, *{path.parent for path in paths}]:
         _fsync(path)
@@ -169,7 +171,7 @@ def damage(path: Path, files: tuple[str, ...] | None = FILES) -> str | None:
     Args:
         files: names within it; None: all that the manifest has.
     """
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST
     if not manifest.is_file():
         return "no manifest.json: it was never finished"
     try:
@@ -196,6 +198,11 @@ NEWER = "written by a newer mmsa-dist"
 
 def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _retain(folder: Path, keep: int, best_step: int | None) -> None:

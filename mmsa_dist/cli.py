@@ -7,6 +7,7 @@ import yaml
 
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, origin, read_recipe
+from shards.remote.url import is_url
 
 TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
        mmsa-dist train --resume RUN [--workers N] [--zero 0|1|2|3]
@@ -15,7 +16,8 @@ Trains SYSTEM on a packed data set, chooses the best epoch on validation, reads 
 model in MLflow. Leaves one folder, runs/<name>-<time>-<id>.
 
   --recipe NAME|FILE   a packaged recipe (mosi, mosei, sims) or a YAML file; unset: the packaged one of the data set
-  --resume RUN         go on with an interrupted run; only what changes no result may differ (workers, ZeRO)
+  --resume RUN         go on with an interrupted run, its folder or its place in --checkpoint.mirror; only what changes
+                       no result may differ (workers, ZeRO)
   --runs-dir FOLDER    where run folders go (default: runs)
   --name NAME          the run's name (default: the system's)
   --print-config       print the resolved recipe and stop
@@ -23,7 +25,7 @@ model in MLflow. Leaves one folder, runs/<name>-<time>-<id>.
 
 The most used values:
   --data FOLDER …      what `mmsa-dist pack` wrote; several are trained on as one (--data.weights 1 2)
-  --workers N          ranks (default 1)
+  --workers N          ranks (default 1); 1:4 are as many of four as there is room for
   --zero 0|1|2|3       ZeRO stage (default 1)
   --launcher ray|local|torchrun
   --epochs N           at most so many (default: the recipe's)
@@ -50,7 +52,8 @@ def train(argv: list[str]) -> int:
     if options.help:
         overrides = [*overrides, "--help"]
     if options.resume:
-        folder, recipe = _resumed(Path(options.resume), system, options.recipe, overrides)
+        folder = _brought(options.resume, Path(options.runs_dir)) if is_url(options.resume) else Path(options.resume)
+        folder, recipe = _resumed(folder, system, options.recipe, overrides)
     else:
         assert system is not None
         folder, recipe = None, load_recipe(system, options.recipe, overrides)
@@ -80,6 +83,19 @@ def _split(argv: list[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; see mmsa-dist train --help") from error
     return system, options, overrides
+
+
+def _brought(address: str, runs_dir: Path) -> Path:
+    """The folder of a run whose checkpoints were mirrored at `address`, made anew where this machine lacks it."""
+    from mmsa_dist.mirror import Mirror
+
+    mirror = Mirror(address)
+    folder = runs_dir / mirror.address.rpartition("/")[2]
+    if not (folder / "recipe.yaml").is_file():
+        for part in ("events", "checkpoints", "predictions"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        mirror.bring_description(folder)
+    return folder
 
 
 def _resumed(folder: Path, system: str | None, recipe_file: str | None, overrides: list[str]) -> tuple[Path, Recipe]:

@@ -194,6 +194,9 @@ class CheckpointConfig(Strict):
     """Save after so much time too: what a run can lose, at most. `mmsa-dist plan` says what loses the least."""
     keep: int = Field(default=1, ge=1)
     """Newest checkpoints kept, beside the best one."""
+    mirror: str | None = None
+    """Address (s3://bucket/folder) that the newest and the best checkpoint are sent to as well; on a machine that lacks
+    the run's folder, `--resume` ADDRESS/RUN goes on from there."""
 
 
 class TrackingConfig(Strict):

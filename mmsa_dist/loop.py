@@ -1,8 +1,6 @@
 """The training loop, on one page. Every rank runs it; it knows neither Ray nor MLflow nor ZeRO."""
 
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from mmsa_dist import checkpoint, metrics, run_folder
 from mmsa_dist.errors import StoppedError, TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.ledger import Ledger
+from mmsa_dist.mirror import link_or_copy
 from mmsa_dist.run_folder import Events
 from mmsa_dist.saving import Saver
 from mmsa_dist.session import Session, left_out
@@ -181,10 +180,7 @@ def keep_best(weights: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     target = folder / "weights.safetensors"
     target.unlink(missing_ok=True)
-    try:
-        os.link(weights, target)
-    except OSError:
-        shutil.copyfile(weights, target)
+    link_or_copy(weights, target)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

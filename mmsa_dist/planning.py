@@ -205,7 +205,8 @@ def cluster(recipe: Recipe) -> str:
     launch = recipe.launch
     cpus, gpus = launch.workers * launch.cpus_per_worker, launch.workers * launch.gpus_per_worker
     shape = f"{launch.workers} workers x {launch.cpus_per_worker} CPUs = {cpus} CPUs"
-    return f"cluster: {shape}" + (f" and {gpus:g} GPUs" if gpus else "")
+    fewest = f"; it goes on with {launch.min_workers} where there is no room for more" if launch.min_workers else ""
+    return f"cluster: {shape}" + (f" and {gpus:g} GPUs" if gpus else "") + fewest
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -284,12 +285,15 @@ def _share(need: "Need", room: int) -> str:
 
 
 def _checkpoint_lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
-    every = recipe.checkpoint.every_steps
-    now = f"every {every} steps and after each epoch" if every else "after each epoch"
+    saving = recipe.checkpoint
+    now = ["after each epoch"]
+    now += [f"every {_duration(saving.every_seconds)}"] if saving.every_seconds else []
+    now += [f"every {saving.every_steps} steps"] if saving.every_steps else []
     return [
         f"checkpoint: {size_text(found['bytes'])}, {found['seconds']:.1f} s here "
         f"({size_text(found['bytes_per_second'])}/s); with a failure every {found['mtbf_hours']:g} h one every "
-        f"{_duration(found['interval_seconds'])} loses the least (Young/Daly); this recipe saves {now}"
+        f"{_duration(found['interval_seconds'])} loses the least (Young/Daly; "
+        f"--checkpoint.every-seconds); this recipe saves {', '.join(now)}"
     ]
 
 

@@ -7,12 +7,13 @@ one is being written: the next waits for it, and whatever ends a run waits for t
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Self
 
 from mmsa_dist import checkpoint
 from mmsa_dist.checkpoint import Checkpoint
 from mmsa_dist.ledger import Ledger
+from mmsa_dist.mirror import Mirror, Sender
 from mmsa_dist.run_folder import Events
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Saver:
     def __init__(self, session: "Session", events: Events, ledger: Ledger) -> None:
         self._session, self._events, self._ledger = session, events, ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-checkpoint")
+        self._sender, self._warnings = _sender(session)
         self._writing: Writing | None = None
         self._last = time.monotonic()
 
@@ -51,6 +53,9 @@ class Saver:
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()  # what is being written is finished, also where something else failed
+        if self._sender:
+            self._sender.close()
+            self.tell()
 
     def due(self) -> bool:
         """Whether it is time for another one. Rank 0 has the clock; the others learn of it with the next step."""
@@ -66,9 +71,7 @@ class Saver:
             if whole is not None:
                 content = Checkpoint(whole, labels, asdict(state), session.origin)
                 self.wait()
-                done = self._thread.submit(
-                    _write, session.folder, content, session.recipe.checkpoint.keep, state.best_step or None
-                )
+                done = self._thread.submit(self._write, content, state.best_step or None)
                 blocked = time.monotonic() - began
                 self._writing = Writing(whole.step, blocked, self._ledger.booked(), done)
         self._last = time.monotonic()
@@ -79,6 +82,8 @@ class Saver:
             told, self._writing = self._writing, None
             seconds = {"blocked": round(told.blocked, 4), "seconds": round(told.done.result(), 4)}
             self._events.write("saved", step=told.step, **seconds, kept=told.kept)
+        while not self._warnings.empty():
+            self._events.write("warning", message=self._warnings.get())
 
     def wait(self) -> None:
         """Until the last one is on the disk."""
@@ -87,8 +92,21 @@ class Saver:
                 self._writing.done.exception()
         self.tell()
 
+    def _write(self, content: Checkpoint, best_step: int | None) -> float:
+        """In the thread."""
+        began = time.monotonic()
+        folder, keep = self._session.folder / "checkpoints", self._session.recipe.checkpoint.keep
+        path = checkpoint.save(folder, content, keep, best_step)
+        if self._sender:
+            self._sender.offer(path, best_step)
+        return time.monotonic() - began
 
-def _write(folder: Path, content: Checkpoint, keep: int, best_step: int | None) -> float:
-    began = time.monotonic()
-    checkpoint.save(folder / "checkpoints", content, keep, best_step)
-    return time.monotonic() - began
+
+def _sender(session: "Session") -> "tuple[Sender | None, SimpleQueue[str]]":
+    """Who sends checkpoints to the mirror, on rank 0 and where there is one; and what could not be sent."""
+    warnings: SimpleQueue[str] = SimpleQueue()
+    address = session.recipe.checkpoint.mirror
+    if address is None or session.rank:
+        return None, warnings
+    saved = checkpoint.saved(session.folder / "checkpoints")
+    return Sender(Mirror.of(address, session.folder), saved, warnings.put), warnings

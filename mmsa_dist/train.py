@@ -129,10 +129,26 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
                 "dropout of its own, so losses will differ from those of an undisturbed run"
             )
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
+    if recipe.checkpoint.mirror:
+        mirrored(recipe.checkpoint.mirror, folder)
     print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
     return folder
+
+
+def mirrored(address: str, folder: Path) -> None:
+    """The mirror knows the run, and the run what is in the mirror; a bucket that is away is said before ranks start.
+
+    Raises:
+        ConfigError, DataError, TransientError: as of `Mirror`.
+    """
+    from mmsa_dist.mirror import Mirror
+
+    mirror = Mirror.of(address, folder)
+    mirror.describe(folder)
+    if step := mirror.restore(folder):
+        print(f"checkpoint of step {step:,} comes from {mirror.address}")
 
 
 def prepare(recipe: Recipe, index: AnyIndex, runs_dir: Path, name: str | None) -> Path:

@@ -1,14 +1,16 @@
 """A run on data in a bucket: the losses of a run on the folder, and nothing of the credentials in what it leaves."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmsa_dist.run_folder import read_events
 from tests.data import packed
-from tests.end_to_end.test_faults import Run, two_cpus
-from tests.shards.remote.servers import KEY, SECRET, Bucket, s3
+from tests.end_to_end.started import Run, two_cpus
+from tests.shards.remote.servers import BUCKET, KEY, SECRET, Bucket, s3
 
 OPTIONS = [
     "--workers", "2", "--launcher", "local", "--epochs", "1", "--batch-size", "16",
@@ -65,3 +67,25 @@ def numbers(run: Run) -> tuple[float, float]:
     """The last epoch's training loss, and the test's mean absolute error."""
     epochs = [event for event in read_events(run.folder) if event["event"] == "epoch"]
     return epochs[-1]["train_loss"], run.result()["test"]["mae"]
+
+
+@two_cpus
+@pytest.mark.fault
+def test_a_run_goes_on_from_its_mirror(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """The command is killed and its machine lost: another one goes on with what is in the bucket."""
+    with s3() as bucket, pytest.MonkeyPatch.context() as environment:
+        bucket.tell(environment)
+        address = f"s3://{BUCKET}/mirror"
+        run = Run(tmp_path / "lost", *words, "--workers", "2", "--launcher", "local", "--checkpoint.mirror", address)
+        try:
+            run.until_epoch(4)
+        finally:
+            run.kill()
+        name = run.folder.name
+        shutil.rmtree(tmp_path / "lost")
+        again = Run(tmp_path / "new", "--resume", f"{address}/{name}", "--runs-dir", str(tmp_path / "new"))
+        try:
+            assert again.result() == undisturbed, again.output
+        finally:
+            again.kill()
+        assert f"comes from {address}/{name}" in again.output and "going on after step" in again.output

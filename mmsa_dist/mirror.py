@@ -1,0 +1,239 @@
+"""A run's checkpoints in a bucket (`checkpoint.mirror`): what is saved is there too, and what is there is gone on from.
+
+``<address>/<run>/`` holds the run's description and ``checkpoints/step-…/``, each with its manifest sent last: without
+one there is no checkpoint. Sending waits for nobody and nobody for it: a thread sends what is newest, and a bucket that
+is away costs a warning.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mmsa_dist import checkpoint
+from mmsa_dist.errors import ConfigError, DataError, MmsaError
+from shards.remote.store import Patience, download, filesystem, read, with_patience
+from shards.remote.url import folder_url
+
+DESCRIPTION = ("recipe.yaml", "data.json", "plan.json", "environment.json", "mlflow.json")
+"""Files of a run's folder that a run on another machine goes on with."""
+
+LARGEST = 16 * 2**20
+"""Bytes of a manifest or of a description; more is something else."""
+
+
+class Mirror:
+    """One run's place in a bucket.
+
+    Args:
+        address: of the run: a folder in a bucket.
+
+    Raises:
+        ConfigError: the address cannot be one, or cannot be written to.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = folder_url(address)
+        scheme = self.address.partition("://")[0]
+        if scheme in ("http", "https"):
+            raise ConfigError(f"checkpoint.mirror: {scheme}:// cannot be written to; give s3://, gs:// or file://")
+        self._fs = filesystem(scheme, Patience.of_environment().silence)
+
+    @classmethod
+    def of(cls, address: str, folder: Path) -> "Mirror":
+        """That of the run in `folder`, below `checkpoint.mirror`."""
+        return cls(f"{folder_url(address)}/{folder.name}")
+
+    def describe(self, folder: Path) -> None:
+        """Sends what there is of the run's description.
+
+        Raises:
+            ConfigError: access is denied. TransientError: the bucket does not answer.
+        """
+        for name in DESCRIPTION:
+            if (folder / name).is_file():
+                self._send(folder / name, name)
+
+    def put(self, path: Path, step: int) -> None:
+        """Sends the checkpoint at `path`, its manifest last; over one of the same step that an earlier attempt sent.
+
+        Raises:
+            MmsaError: it could not be sent.
+        """
+        place = f"checkpoints/step-{step:08d}"
+        files = sorted(file.name for file in path.iterdir() if file.name != checkpoint.MANIFEST)
+        self._remove(f"{place}/{checkpoint.MANIFEST}")
+        for name in [*files, checkpoint.MANIFEST]:
+            self._send(path / name, f"{place}/{name}")
+
+    def keep(self, steps: set[int]) -> None:
+        """Removes all other checkpoints, their manifests first."""
+        for step in self.steps() - steps:
+            place = f"checkpoints/step-{step:08d}"
+            for name in (checkpoint.MANIFEST, *checkpoint.FILES):
+                self._remove(f"{place}/{name}")
+
+    def steps(self) -> set[int]:
+        """Steps of which there is a whole checkpoint."""
+
+        def found() -> list[str]:
+            try:
+                return list(self._fs.glob(f"{self.address}/checkpoints/step-*/{checkpoint.MANIFEST}"))
+            except FileNotFoundError:
+                return []
+
+        names = (name.split("/")[-2].removeprefix("step-") for name in with_patience(self.address, found))
+        return {int(name) for name in names if name.isdigit()}
+
+    def restore(self, folder: Path) -> int | None:
+        """Brings the newest checkpoint into the run's `folder`, and its best one, where they are newer than what is
+        there; gives the newest one's step, None where nothing was brought.
+
+        Raises:
+            DataError: what is there is damaged. ConfigError, TransientError: it cannot be read.
+        """
+        own = checkpoint.saved(folder / "checkpoints")
+        newest = max(self.steps(), default=0)
+        if newest <= (checkpoint.step_of(own[-1]) if own else 0):
+            return None
+        brought = self._bring(newest, folder)
+        best = json.loads((brought / "progress.json").read_text(encoding="utf-8"))["run"].get("best_step")
+        if best and best != newest and not checkpoint.step_folder(folder / "checkpoints", best).is_dir():
+            self._bring(best, folder)
+        return newest
+
+    def bring_description(self, folder: Path) -> None:
+        """Brings the run's description into `folder`.
+
+        Raises:
+            DataError: there is none.
+        """
+        for name in DESCRIPTION:
+            try:
+                content = read(f"{self.address}/{name}", LARGEST)
+            except DataError:
+                if name == "recipe.yaml":
+                    raise DataError(f"{self.address}: there is no run (no recipe.yaml)") from None
+                continue
+            (folder / name).write_bytes(content)
+
+    def _bring(self, step: int, folder: Path) -> Path:
+        target = checkpoint.step_folder(folder / "checkpoints", step)
+        place = f"{self.address}/checkpoints/{target.name}"
+        partial = target.with_name(f".partial-{target.name}-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            content = read(f"{place}/{checkpoint.MANIFEST}", LARGEST)
+            for name in checkpoint.FILES:
+                entry = _entry(content, name, place)
+                with (partial / name).open("wb") as file:
+
+                    def anew(file: Any = file) -> None:
+                        file.seek(0)
+                        file.truncate()
+
+                    download(f"{place}/{name}", entry[0], entry[1], anew, file.write)
+            (partial / checkpoint.MANIFEST).write_bytes(content)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return target
+
+    def _send(self, file: Path, name: str) -> None:
+        target = f"{self.address}/{name}"
+        if target.startswith("file://"):
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        with_patience(target, lambda: self._fs.put_file(str(file), target))
+
+    def _remove(self, name: str) -> None:
+        def attempt() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self.address}/{name}")
+
+        with_patience(self.address, attempt)
+
+
+def _entry(manifest: bytes, name: str, place: str) -> tuple[int, str]:
+    """Size and sha256 of a file, of its manifest."""
+    try:
+        entry = json.loads(manifest)["files"][name]
+        return int(entry["bytes"]), str(entry["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}/{checkpoint.MANIFEST}: cannot be read; remove {place}") from error
+
+
+class Sender:
+    """Sends checkpoints in a thread. What is newer takes the place of what waits, but for the best one.
+
+    Args:
+        saved: checkpoints of the run that are on the disk already; an earlier attempt may not have sent them.
+        warn: is told, in that thread, of what could not be sent.
+    """
+
+    def __init__(self, mirror: Mirror, saved: list[Path], warn: Callable[[str], None]) -> None:
+        self._mirror, self._warn = mirror, warn
+        self._waiting = {checkpoint.step_of(path): _held(path) for path in saved}
+        self._wanted = set(self._waiting)
+        self._perhaps_sent = set(self._waiting)
+        self._changed = threading.Condition()
+        self._over = False
+        self._thread = threading.Thread(target=self._work, name="send-checkpoints", daemon=True)
+        self._thread.start()
+
+    def offer(self, path: Path, best_step: int | None) -> None:
+        """A checkpoint that is whole on the disk; it may be removed there as soon as this returns."""
+        step, held = checkpoint.step_of(path), _held(path)
+        with self._changed:
+            self._wanted = {step, *([best_step] if best_step else [])}
+            for other in self._waiting.keys() - self._wanted:
+                shutil.rmtree(self._waiting.pop(other), ignore_errors=True)
+            self._waiting[step] = held
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Until all that was offered is sent, or could not be."""
+        with self._changed:
+            self._over = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._over)
+                if not self._waiting:
+                    return
+                step = min(self._waiting)
+                path, wanted = self._waiting.pop(step), set(self._wanted)
+            try:
+                if step not in self._perhaps_sent or step not in self._mirror.steps():
+                    self._mirror.put(path, step)
+                self._perhaps_sent.discard(step)
+                self._mirror.keep(wanted)
+            except MmsaError as error:
+                self._warn(f"checkpoint of step {step:,} is not in the mirror: {error}")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _held(path: Path) -> Path:
+    """The same checkpoint under a name at which nobody removes it but the sender, or a restart."""
+    held = path.with_name(f".partial-send-{path.name}")
+    shutil.rmtree(held, ignore_errors=True)
+    held.mkdir()
+    for file in path.iterdir():
+        link_or_copy(file, held / file.name)
+    return held
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """The same bytes under another name: a link, or a copy where links are not to be had."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

@@ -1,0 +1,138 @@
+"""Checkpoints in a bucket, on a real S3 endpoint: what is whole comes back, what is not is said, nobody waits."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmsa_dist import checkpoint
+from mmsa_dist.checkpoint import Checkpoint
+from mmsa_dist.errors import ConfigError, DataError, TransientError
+from mmsa_dist.mirror import Mirror, Sender
+from mmsa_dist.portable import MOMENTS, State
+from tests.shards.remote.servers import BUCKET, Bucket, s3
+
+ADDRESS = f"s3://{BUCKET}/runs/one"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[Bucket]:
+    with s3() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(endpoint: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    endpoint.tell(monkeypatch)
+    monkeypatch.setenv("MMSA_REMOTE_BACKOFF", "0.01")
+    for item in endpoint.client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        endpoint.client.delete_object(Bucket=BUCKET, Key=item["Key"])
+    return endpoint
+
+
+def write(run: Path, step: int, best: int = 0) -> Path:
+    weights = {"w": torch.full((3,), float(step))}
+    moments = {key: {"w": torch.ones(3)} for key in MOMENTS}
+    content = Checkpoint(State(step, weights, moments), {}, {"best_step": best})
+    return checkpoint.save(run / "checkpoints", content, 1, best or None)
+
+
+def keys(bucket: Bucket) -> set[str]:
+    found = bucket.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+    return {item["Key"].removeprefix("runs/one/") for item in found}
+
+
+def test_what_is_sent_comes_back(bucket: Bucket, tmp_path: Path) -> None:
+    mirror = Mirror(ADDRESS)
+    assert mirror.steps() == set() and mirror.restore(tmp_path / "new") is None
+    run = tmp_path / "run"
+    for step, best in ((1, 1), (2, 1), (3, 1)):
+        mirror.put(write(run, step, best), step)
+    mirror.keep({1, 3})
+    assert mirror.steps() == {1, 3}
+    assert {key.split("/")[1] for key in keys(bucket)} == {"step-00000001", "step-00000003"}
+    assert mirror.restore(tmp_path / "new") == 3
+    found = checkpoint.load_latest(tmp_path / "new" / "checkpoints")
+    assert found is not None and found.engine.step == 3 and found.progress == {"best_step": 1}
+    best = checkpoint.load_weights(tmp_path / "new" / "checkpoints" / "step-00000001")
+    assert torch.equal(best["w"], torch.ones(3))
+    assert mirror.restore(tmp_path / "new") is None, "what is there already is not brought again"
+    assert mirror.restore(run) is None
+
+
+def test_without_its_manifest_there_is_none(bucket: Bucket, tmp_path: Path) -> None:
+    """As a kill leaves it that came while it was sent."""
+    mirror = Mirror(ADDRESS)
+    mirror.put(write(tmp_path, 1), 1)
+    mirror.put(write(tmp_path, 2), 2)
+    bucket.client.delete_object(Bucket=BUCKET, Key="runs/one/checkpoints/step-00000002/manifest.json")
+    assert mirror.steps() == {1} and mirror.restore(tmp_path / "new") == 1
+
+
+def test_damage_is_said_and_nothing_half_brought_stays(bucket: Bucket, tmp_path: Path) -> None:
+    mirror = Mirror(ADDRESS)
+    mirror.put(write(tmp_path, 1), 1)
+    key = "runs/one/checkpoints/step-00000001/weights.safetensors"
+    content = bytearray(bucket.get(key))
+    content[-1] ^= 1
+    bucket.put(key, bytes(content))
+    with pytest.raises(DataError, match=r"step-00000001/weights\.safetensors: sha256 is"):
+        mirror.restore(tmp_path / "new")
+    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+    bucket.put("runs/one/checkpoints/step-00000001/manifest.json", b"{}")
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read"):
+        mirror.restore(tmp_path / "new")
+
+
+def test_the_sender_sends_the_newest_and_the_best(bucket: Bucket, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    write(tmp_path, 1, 1)  # of an attempt that was killed before it was sent
+    sender = Sender(Mirror(ADDRESS), checkpoint.saved(tmp_path / "checkpoints"), warnings.append)
+    for step in range(2, 7):
+        best = 3 if step >= 3 else 1
+        sender.offer(write(tmp_path, step, best), best)
+    sender.close()
+    assert (Mirror(ADDRESS).steps(), warnings) == ({3, 6}, [])
+    assert not list((tmp_path / "checkpoints").glob(".*")), "nothing that was held for sending stays"
+    assert Mirror(ADDRESS).restore(tmp_path / "new") == 6
+
+
+def test_a_bucket_that_is_away_costs_a_warning(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "1.5")
+    away, warnings = Mirror(ADDRESS), list[str]()
+    sender = Sender(away, [], warnings.append)
+    sender.offer(write(tmp_path, 1), None)
+    sender.close()
+    (warning,) = warnings
+    assert "checkpoint of step 1 is not in the mirror: s3://" in warning and "tries" in warning
+    with pytest.raises(TransientError):
+        away.describe(described(tmp_path))
+
+
+def described(folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text("system: self_mm\n")
+    return folder
+
+
+def test_addresses_that_cannot_be(bucket: Bucket, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror: https:// cannot be written to"):
+        Mirror("https://example.org/runs")
+    with pytest.raises(ConfigError, match="addresses begin with one of"):
+        Mirror("ftp://example.org/runs")
+    with pytest.raises(DataError, match=r"there is no run \(no recipe\.yaml\)"):
+        Mirror(f"s3://{BUCKET}/none").bring_description(tmp_path)
+
+
+def test_a_folder_is_a_mirror_too(tmp_path: Path) -> None:
+    mirror = Mirror.of(f"file://{tmp_path}/shared", described(tmp_path))
+    mirror.describe(tmp_path)
+    mirror.put(write(tmp_path, 4), 4)
+    mirror.put(write(tmp_path, 4), 4)
+    assert mirror.steps() == {4} and mirror.restore(tmp_path / "new") == 4
+    mirror.bring_description(tmp_path / "new")
+    assert (tmp_path / "new" / "recipe.yaml").read_text() == "system: self_mm\n"
+    shutil.rmtree(tmp_path / "shared")
+    assert mirror.steps() == set()
