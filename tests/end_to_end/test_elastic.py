@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,10 +39,7 @@ class Cluster:
         command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--node-ip-address=127.0.0.1"]
         command += ["--object-store-memory=80000000", f"--temp-dir={self.folder}", "--block", "--disable-usage-stats"]
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
-            node = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
-            )  # fmt: skip
+            node = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         self.nodes.append(node)
         return node
 
@@ -51,6 +49,9 @@ class Cluster:
         look += "print('cpus', int(ray.cluster_resources().get('CPU', 0)))"
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
+            for number, node in enumerate(self.nodes):
+                if node.poll() is not None and node.returncode != -signal.SIGKILL:
+                    pytest.fail(f"node {number} ended:\n{(self.folder / f'node-{number}.log').read_text()[-3000:]}")
             seen = subprocess.run([sys.executable, "-c", look, self.address], capture_output=True, text=True)
             if f"cpus {cpus}" in seen.stdout:
                 return
@@ -73,7 +74,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # of all its nodes, and of who joins it
     made = Cluster()
     yield made
     made.close()
