@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import pyarrow.compute as pc
 import torch
 
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import make_generator
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.session import data_spec
 from mmsa_dist.systems import get_system
 from mmsa_dist.systems.base import classifying
 from shards.mix import AnyIndex
+from shards.remote.ahead import fetch_tables
+from shards.suggest import has
 
 
 def check_system(recipe: Recipe, index: AnyIndex) -> None:
@@ -41,6 +44,31 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
             f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
             f"{recipe.system}; use a generator (ulgm, sugrm, ulag), or train fewer tasks (--model.subtasks)"
         )
+
+
+def check_labels(recipe: Recipe, index: AnyIndex) -> None:
+    """Says which samples lack a label that the system learns or is judged by: their loss would be NaN.
+
+    Raises:
+        DataError: there are some. No packing of ours lets them through; another source may.
+    """
+    tasks = tuple(index.classes) or ("M",)
+    for split in ("train", "valid", *(["test"] if recipe.train.test else [])):
+        missing: dict[str, int] = {}
+        example: dict[str, str] = {}
+        fetch_tables(index, index.shards_of(split))
+        for table in map(index.table, index.shards_of(split)):
+            for task in tasks:
+                lacking = pc.invert(pc.is_finite(table[f"label_{task}"]))
+                if count := pc.sum(lacking).as_py():
+                    missing[task] = missing.get(task, 0) + count
+                    example.setdefault(task, table["key"].filter(lacking)[0].as_py())
+        for task, count in missing.items():
+            raise DataError(
+                f"data.path: {count:,} of {index.splits[split]:,} {split} samples of {index.name} {has(count)} no "
+                f"label {task}, e.g. {example[task]!r}; pack the data without {'it' if count == 1 else 'them'}"
+                + (", or leave the test split alone (--train.no-test)" if split == "test" else "")
+            )
 
 
 def check_classes(recipe: Recipe, index: AnyIndex, generator: str) -> None:

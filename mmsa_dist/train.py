@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mmsa_dist import launch, places, run_folder, session
-from mmsa_dist.checks import check_system
+from mmsa_dist.checks import check_labels, check_system
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.ledger import account
@@ -62,6 +62,7 @@ def fit_together(recipe: Recipe) -> tuple[AnyIndex, Recipe]:
     index = session.open_index(recipe)
     session.check_data(recipe, index)
     check_system(recipe, index)
+    check_labels(recipe, index)
     recipe = session.settled(recipe, index)
     if recipe.engine.precision != "fp32" and recipe.engine.zero == 0:
         raise ConfigError(f"engine.zero: {recipe.engine.precision} needs ZeRO 1, 2 or 3 here; use --zero 1")
