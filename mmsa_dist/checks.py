@@ -23,7 +23,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         ConfigError: they do not.
     """
     spec = data_spec(recipe, index)
-    name = recipe.labels.generator or get_system(recipe.system).labels
+    name = recipe.label_generator
     if index.classes:
         check_classes(recipe, index, name)
     system = get_system(recipe.system)(recipe.model, replace(spec, text=None))

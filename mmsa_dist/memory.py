@@ -95,7 +95,7 @@ def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
         spec = replace(spec, text=spec.text.model_copy(update={"pretrained": False}))
     with torch.device("meta"):
         system = get_system(recipe.system)(recipe.model, spec)
-    name = recipe.labels.generator or get_system(recipe.system).labels
+    name = recipe.label_generator
     widths = system.feature_widths()
     generator = make_generator(
         name, numbers=[0], ids=[0], labels=[0.0], widths=widths, label_range=index.label_range,

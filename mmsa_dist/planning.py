@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(system, options.recipe, overrides)
     origins = origins_of(system, options.recipe, overrides, recipe)
     index, recipe = fit_together(recipe)
-    if flatten(recipe)["train.monitor"] != origins["train.monitor"][0]:
-        origins["train.monitor"] = (recipe.train.monitor, "the data set's kind")
+    for key, decides in (("train.monitor", "the data set's kind"), ("labels.generator", "the system's paper")):
+        if (value := flatten(recipe)[key]) != origins[key][0]:
+            origins[key] = (value, decides)
     found = needs(recipe, index, options.memory)
     found |= {
         "arithmetic": arithmetic(recipe, index),

@@ -60,6 +60,13 @@ class Recipe(Strict):
     tracking: TrackingConfig = TrackingConfig()
     model: Strict = Strict()
 
+    @property
+    def label_generator(self) -> str:
+        """The name of the label generator: the one that ``labels`` names, else that of the system's paper."""
+        from mmsa_dist.systems import get_system
+
+        return self.labels.generator or get_system(self.system).labels
+
     def dump(self) -> dict[str, Any]:
         """Plain values; `from_dict` takes them back."""
         return self.model_dump(mode="json")
@@ -158,7 +165,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lines ``key: old -> new`` of what differs and would change results."""
-    before, after = _flat(old.dump()), _flat(new.dump())
+    before, after = ({**flatten(each), "labels.generator": each.label_generator} for each in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"

@@ -203,11 +203,11 @@ def kind_of(index: AnyIndex) -> str:
 
 
 def settled(recipe: Recipe, index: AnyIndex) -> Recipe:
-    """The recipe with what it leaves to the data decided: ``train.monitor``."""
-    if recipe.train.monitor != "auto":
-        return recipe
-    monitor = metrics.default_monitor(kind_of(index))
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"monitor": monitor})})
+    """The recipe with what it leaves open decided: ``train.monitor`` by the data, ``labels.generator`` by the paper."""
+    train, labels = recipe.train, recipe.labels.model_copy(update={"generator": recipe.label_generator})
+    if train.monitor == "auto":
+        train = train.model_copy(update={"monitor": metrics.default_monitor(kind_of(index))})
+    return recipe.model_copy(update={"train": train, "labels": labels})
 
 
 def inputs(recipe: Recipe, index: AnyIndex) -> str:
@@ -292,7 +292,7 @@ def batch_spec(recipe: Recipe, index: AnyIndex, spec: DataSpec) -> BatchSpec:
 
 def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: torch.device) -> LabelGenerator:
     """The generator that the recipe names, else the paper's, over the train split."""
-    name = recipe.labels.generator or type(system).labels
+    name = recipe.label_generator
     ids = [np.empty(0, np.int64)]
     labels = [np.empty(0, np.float32)]
     for table in train_tables(index) if name != "none" else ():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+import yaml
 
 from benchmarks import parts, peer, real, render, stall, systems
 from benchmarks import record as record_module
@@ -22,10 +24,14 @@ from benchmarks.data.report import report
 from benchmarks.data.sets import FORMATS, Resident, write_bytes, written
 from benchmarks.packing import written_by
 from benchmarks.record import Row, Table, portable, record
+from mmsa_dist.recipe import load_recipe
+from mmsa_dist.session import settled
 from shards.index import Index
 from shards.read import ShardReader
 from shards.sources.mmsa import MmsaSource
 from shards.utterance import Utterance
+from shards.write import pack
+from tests.data import TinySource
 from tests.shards import pickles
 
 PAGE = "before\n<!-- real:begin -->\nold\n<!-- real:end -->\n<!-- figures:begin -->\n<!-- figures:end -->\nafter\n"
@@ -55,6 +61,28 @@ def test_nothing_measured_shows_nothing(results: Path) -> None:
     page = render.rendered(PAGE, parts, render.load())
     assert page == PAGE.replace("\nold", "")
     assert render.rendered(page, parts, {}) == page
+
+
+def test_a_finished_run_is_found_again(tmp_path: Path) -> None:
+    """One of an older version too, whose recipe leaves the label generator to the paper; not one of another recipe."""
+    index = pack(TinySource(40), tmp_path / "data", dtype="float32")[0]
+    (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
+    words = ["--data", str(tmp_path / "data"), "--seed", "1"]
+    wanted = load_recipe("self_mm", str(tmp_path / "recipe.yaml"), words)
+    values = settled(wanted, index).dump()
+    assert values["labels"]["generator"] == "ulgm"
+
+    def found(generator: str | None) -> Path | None:
+        run = tmp_path / "runs" / f"by-{generator}"
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(yaml.safe_dump({**values, "labels": {"generator": generator}}))
+        (run / "result.json").write_text(json.dumps({"fingerprint": index.fingerprint}))
+        return real.finished("self_mm", tmp_path / "recipe.yaml", words, tmp_path / "runs")
+
+    assert found("sugrm") is None
+    for generator in (None, "ulgm"):
+        assert found(generator) == tmp_path / "runs" / f"by-{generator}"
+        shutil.rmtree(tmp_path / "runs" / f"by-{generator}")
 
 
 def test_a_figure_keeps_its_command_commit_and_bound(results: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmsa_dist import run_folder
 from mmsa_dist.__main__ import main
@@ -101,6 +102,18 @@ def test_a_relative_path_is_the_same_path(
     assert resume("--data", data.name) == (0, "")
     saved = json.dumps(run_folder.read_json(killed / "data.json"))
     assert str(data) in (killed / "recipe.yaml").read_text() and "tiny" in saved
+
+
+@pytest.mark.parametrize("words", [[], ["--labels.generator", "none"]])
+def test_a_run_whose_recipe_names_no_label_generator_goes_on(killed: Path, resume: Resume, words: list[str]) -> None:
+    """As older versions left it open: the one of the system's paper is meant."""
+    recipe = yaml.safe_load((killed / "recipe.yaml").read_text())
+    assert recipe["labels"]["generator"] == "none"
+    run_folder.write_text(killed / "recipe.yaml", yaml.safe_dump({**recipe, "labels": {}}))
+    code, error = resume("--labels.generator", "multimodal")
+    assert code == 2 and "labels.generator: none -> multimodal" in error
+    assert resume(*words) == (0, "")
+    assert yaml.safe_load((killed / "recipe.yaml").read_text()) == recipe
 
 
 def test_a_run_that_another_process_trains_is_refused(killed: Path, resume: Resume) -> None:

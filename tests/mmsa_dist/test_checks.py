@@ -1,12 +1,13 @@
-"""What is found out of data and recipe together before a run starts: labels that are missing."""
+"""What is found out of data and recipe together before a run starts."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mmsa_dist.config import LabelConfig
 from mmsa_dist.errors import DataError
-from mmsa_dist.recipe import load_recipe
+from mmsa_dist.recipe import Recipe, load_recipe
 from mmsa_dist.train import fit_together
 from shards.utterance import Utterance
 from shards.write import pack
@@ -33,9 +34,18 @@ class UnlabelledEmotions(TinyEmotions):
         return made if (split, number) != ("train", 5) else replace(made, labels={**made.labels, "sad": float("nan")})
 
 
-def fitted(source: TinySource, folder: Path, *words: str, system: str = "ufen_mtfn") -> None:
+def fitted(source: TinySource, folder: Path, *words: str, system: str = "ufen_mtfn") -> Recipe:
     pack(source, folder / "data", dtype="float32", shard_bytes=8_000)
-    fit_together(load_recipe(system, None, ["--data", str(folder / "data"), *words]))
+    _, recipe = fit_together(load_recipe(system, None, ["--data", str(folder / "data"), *words]))
+    return recipe
+
+
+def test_a_run_says_which_label_generator_it_takes(tmp_path: Path) -> None:
+    """The one of the paper by its name: the recipe that a run keeps is whole."""
+    assert fitted(TinySource(60), tmp_path, system="self_mm").labels.generator == "ulgm"
+    assert fitted(TinySource(60), tmp_path / "other", "--labels.generator", "sugrm", system="self_mm").labels == (
+        LabelConfig(generator="sugrm")
+    )
 
 
 @pytest.mark.parametrize("system", ["ufen_mtfn", "self_mm"])

@@ -43,6 +43,7 @@ def test_a_recipe_of_ones_own_is_named(data: Path, capsys: pytest.CaptureFixture
     found = json.loads(planned(capsys, tmp_path, "self_mm", "--data", str(data), "--recipe", str(own), "--json"))
     assert found["recipe"]["data.batch_size"] == {"value": 16, "origin": f"recipe {own.name}"}
     assert found["recipe"]["train.monitor"]["origin"] == "the data set's kind"
+    assert found["recipe"]["labels.generator"] == {"value": "ulgm", "origin": "the system's paper"}
     assert found["arithmetic"]["global_batch"] == 16
 
 
