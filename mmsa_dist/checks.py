@@ -7,6 +7,7 @@ import torch
 
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import make_generator
+from mmsa_dist.layers.hub import check_checkpointing
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.session import data_spec
 from mmsa_dist.systems import get_system
@@ -26,6 +27,9 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
     name = recipe.label_generator
     if index.classes:
         check_classes(recipe, index, name)
+    if spec.text is not None and spec.text.gradient_checkpointing and spec.text.finetune:
+        assert spec.text.encoder is not None
+        check_checkpointing(spec.text.encoder)
     system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
     make_generator(
         name,

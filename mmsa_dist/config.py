@@ -38,6 +38,9 @@ class TextConfig(Strict):
     """Load the encoder's weights; otherwise only its shape is used and its weights are random."""
     max_tokens: int = Field(default=128, ge=2)
     """Longer texts are cut to this many tokens (special tokens included)."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each of the encoder's layers for the backward pass, which computes the rest once more:
+    less memory, more time. Does not change any result."""
 
 
 class DataConfig(Strict):

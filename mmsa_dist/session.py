@@ -238,6 +238,8 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
                 "model.text_pooling: cls takes the first step of the given text features for all of them, which is "
                 "right where it is BERT's [CLS]; --model.text-pooling mean reads every step"
             )
+    elif recipe.text.gradient_checkpointing and not recipe.text.finetune:
+        said.append("text.gradient_checkpointing is without effect: the text encoder is frozen")
     if launch.launcher != "ray":
         said += ["launch.address is without effect: only --launcher ray joins a cluster"] if launch.address else []
         said += ["launch.gpus_per_worker is without effect: each local rank takes one GPU where there are any"] * bool(

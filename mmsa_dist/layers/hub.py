@@ -98,6 +98,26 @@ def load_encoder(encoder: str, pretrained: bool) -> Any:
     return model
 
 
+def check_checkpointing(encoder: str) -> None:
+    """Raises ConfigError where the encoder's architecture cannot compute its layers once more in the backward pass."""
+    from transformers import MODEL_MAPPING
+
+    config = encoder_config(encoder)
+    if type(config) in MODEL_MAPPING and not MODEL_MAPPING[type(config)].supports_gradient_checkpointing:
+        raise ConfigError(
+            f"text.gradient_checkpointing: {encoder} ({config.model_type}) cannot compute its layers once more; leave "
+            "it out, and save memory with --optim.accumulation or a smaller --batch-size"
+        )
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Makes each layer of an encoder keep its input alone for the backward pass, which computes the rest once more."""
+    # two names of one thing: transformers 5.23 warns of the older
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.config.use_cache = False  # nothing is generated, and asking for a cache is warned of
+
+
 def load_tokenizer(encoder: str) -> Any:
     """The Rust core of the encoder's fast tokenizer. Raises ConfigError, TransientError."""
     from transformers import AutoTokenizer

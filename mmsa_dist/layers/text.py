@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from mmsa_dist.config import TextConfig
 from mmsa_dist.errors import ConfigError, DataError
-from mmsa_dist.layers.hub import encoder_config, load_encoder, load_tokenizer
+from mmsa_dist.layers.hub import checkpoint_layers, encoder_config, load_encoder, load_tokenizer
 from mmsa_dist.layers.ragged import make_ragged, ragged_states
 from shards.batch import Batch
 from shards.utterance import Utterance
@@ -81,6 +81,8 @@ class TextEncoder(TextReader):
     """A Hugging Face encoder: token ids to its last layer's states.
 
     Its pooler, which nothing here reads, is not built. Frozen, it stays in evaluation mode and keeps no graph.
+    With ``gradient_checkpointing`` each layer keeps its input alone and is computed once more in the backward pass,
+    its dropout drawn as it was.
 
     On the CPU it computes no padding, whose states are zero (`layers.ragged`); an architecture that cannot takes a
     batch in `PARTS` parts of samples of similar length, each trimmed to its own longest. The result is the same.
@@ -98,6 +100,8 @@ class TextEncoder(TextReader):
         self.model.requires_grad_(config.finetune)
         self.width = hidden_size(self.model.config, config.encoder)
         self.ragged = make_ragged(self.model)
+        if config.gradient_checkpointing and config.finetune:  # frozen, it keeps nothing for a backward pass
+            checkpoint_layers(self.model)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TextEncoder":

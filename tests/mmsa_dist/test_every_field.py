@@ -47,6 +47,7 @@ CHANGES: dict[str, list[Any]] = {
 
 CHANGES_NOTHING: dict[str, tuple[Any, str]] = {
     "optim.accumulation": (2, "law 1: the global batch and so the step stay the same"),
+    "text.gradient_checkpointing": (True, "what a backward pass needs is computed once more, to the same numbers"),
     "labels.divide_above": (0.0, "where the label state lies; the labels are the same"),
 }
 """Field -> another value and why, by design, it makes no difference."""
