@@ -9,16 +9,17 @@ Shapes: N training samples.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mmsa_dist import checkpoint
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
-from mmsa_dist.label_generators import LabelGenerator, get_label_generator
+from mmsa_dist.label_generators import get_label_generator
 from mmsa_dist.recipe import Recipe, read_recipe
 from shards.mix import AnyIndex, open_reader
 from shards.options import option
@@ -27,6 +28,9 @@ from shards.utterance import TASKS, UNIMODAL_TASK
 
 FILES = ("labels.safetensors", "progress.json")
 """What is read of a checkpoint."""
+
+TRIES = 10
+"""How often a checkpoint is looked for that stays until it is read."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +143,11 @@ def generated(run: Path, recipe: Recipe, step: int | None = None) -> Made:
 
     Raises:
         ConfigError: the run makes no labels, or has no such checkpoint. DataError: none is whole.
-        TransientError: the checkpoint was removed meanwhile.
+        TransientError: each time that one was being read the run replaced it.
     """
-    name, generator = generator_of(recipe)
-    path = newest(run, step)
-    try:
-        state = load_file(path / FILES[0])
-        progress = json.loads((path / FILES[1]).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TransientError(f"{path}: {error.strerror or error}; the run may have replaced it: try again") from error
-    labels = {task: tensor.float().numpy() for task, tensor in generator.labels_in(state).items()}
+    name = recipe.label_generator
+    state, progress = read(run, step)
+    labels = {task: tensor.float().numpy() for task, tensor in get_label_generator(name).labels_in(state).items()}
     labels = dict(sorted(labels.items(), key=lambda item: TASKS.index(item[0]) if item[0] in TASKS else len(TASKS)))
     if "ids" not in state or not labels:
         raise ConfigError(f"{run}: its label generator {name!r} makes no labels; train with --labels.generator ulgm")
@@ -157,21 +156,27 @@ def generated(run: Path, recipe: Recipe, step: int | None = None) -> Made:
     return Made(name, f"{when} (step {progress['engine_step']:,})", state["ids"].numpy(), labels)
 
 
-def generator_of(recipe: Recipe) -> tuple[str, type[LabelGenerator]]:
-    """The name and the class of a recipe's label generator: its own, or the one of the system's paper."""
-    from mmsa_dist.systems import get_system
-
-    name = recipe.labels.generator or get_system(recipe.system).labels
-    return name, get_label_generator(name)
+def read(run: Path, step: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State and progress from `newest`, which a run that is being trained may remove while it is read: then from the
+    one that is the newest by then."""
+    for _ in range(TRIES):
+        try:
+            path = newest(run, step)
+            return load_file(path / FILES[0]), json.loads((path / FILES[1]).read_text(encoding="utf-8"))
+        except OSError as error:
+            gone = error
+    raise TransientError(
+        f"{run}: a checkpoint was replaced while it was read ({gone.strerror or gone}), {TRIES} times: try again"
+    ) from gone
 
 
 def newest(run: Path, step: int | None = None) -> Path:
     """The checkpoint of `step`, or the newest whole one; a damaged one is passed over, and that is said.
 
     Raises:
-        ConfigError: there is none. DataError: none is whole.
+        ConfigError: there is none. DataError: none is whole. OSError: one was removed while it was looked at.
     """
-    paths = checkpoint.saved(run / "checkpoints")
+    listed = paths = checkpoint.saved(run / "checkpoints")
     if not paths:
         finished = (run / "result.json").is_file()
         raise ConfigError(
@@ -187,12 +192,16 @@ def newest(run: Path, step: int | None = None) -> Path:
                 f"--checkpoint {step}: the run keeps the checkpoints of the steps {held}; give one of them"
             )
         paths = [path]
+    faults: list[str] = []
     for path in reversed(paths):
         fault = checkpoint.damage(path, FILES)
         if fault is None:
             return path
+        faults.append(fault)
+        if checkpoint.saved(run / "checkpoints") != listed:
+            raise FileNotFoundError(f"{path.name}: {fault}")
         remarks.print(f"note: {path}: {fault}", soft_wrap=True)
-    raise DataError(f"{paths[-1]}: {checkpoint.damage(paths[-1], FILES)}; no checkpoint is whole: train it again")
+    raise DataError(f"{paths[-1]}: {faults[0]}; no checkpoint is whole: train it again")
 
 
 def beside_truth(made: Made, recipe: Recipe) -> Labels:

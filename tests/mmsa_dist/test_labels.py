@@ -14,7 +14,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from mmsa_dist import checkpoint, run_folder
+from mmsa_dist import checkpoint, labels, run_folder
 from mmsa_dist.__main__ import main
 from mmsa_dist.labels import Labels
 from mmsa_dist.labels_shown import case_table, cases, moves, turned
@@ -189,6 +189,41 @@ def test_an_older_checkpoint_may_be_chosen_and_a_damaged_one_is_passed_over(
         (path / "labels.safetensors").unlink(missing_ok=True)
     assert main(["labels", str(run)]) == 3
     assert "labels.safetensors is missing; no checkpoint is whole" in capsys.readouterr().err
+
+
+def replaced(run: Path) -> None:
+    """What a run does when it saves: the newest checkpoint comes, the one before goes."""
+    old = checkpoint.saved(run / "checkpoints")[-1]
+    whole = checkpoint.load(old)
+    whole.engine = State(whole.engine.step + 1, whole.engine.weights, whole.engine.moments)
+    checkpoint.save(run / "checkpoints", whole, 1, None)
+
+
+@pytest.mark.parametrize("at", ["checkpoint.damage", "load_file"])
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_checkpoint_that_goes_while_it_is_looked_at(
+    run: Path, at: str, times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a run that is being trained: the one that is the newest by then is read."""
+    for path in checkpoint.saved(run / "checkpoints")[:-1]:
+        shutil.rmtree(path)
+    part = {"checkpoint.damage": checkpoint, "load_file": labels}[at]
+    own, calls = getattr(part, at.rpartition(".")[2]), iter(range(times))
+
+    def meanwhile(path: Path, *more: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(part, at.rpartition(".")[2], own)
+            for _ in zip(range(1), calls, strict=False):
+                replaced(run)
+        return own(path, *more)
+
+    monkeypatch.setattr(part, at.rpartition(".")[2], meanwhile)
+    assert main(["labels", str(run)]) == (0 if times == 1 else 75)
+    said = capsys.readouterr()
+    if times == 1:
+        assert "(step 10)" in said.out and "note: " not in said.err
+    else:
+        assert "a checkpoint was replaced while it was read" in said.err and "10 times: try again" in said.err
 
 
 def rewrite(path: Path, progress: dict[str, Any]) -> None:
