@@ -39,8 +39,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         widths=system.feature_widths(),
         label_range=index.label_range,
         device=torch.device("cpu"),
-        zero_is_positive=recipe.labels.zero_is_positive,
-        divide_above=recipe.labels.divide_above,
+        **recipe.labels.given,
     )
     lacking = system.feature_widths().keys() - {"M", *index.tasks}
     if name == "none" and lacking:

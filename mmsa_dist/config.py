@@ -103,6 +103,11 @@ class LabelConfig(Strict):
     zero_is_positive: bool = False
     """Count a label of exactly zero with the positive ones, instead of with neither."""
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a label generator is built with: a field of its ``Config`` -> value."""
+        return {"zero_is_positive": self.zero_is_positive, "divide_above": self.divide_above}
+
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -99,7 +99,7 @@ def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
     widths = system.feature_widths()
     generator = make_generator(
         name, numbers=[0], ids=[0], labels=[0.0], widths=widths, label_range=index.label_range,
-        zero_is_positive=recipe.labels.zero_is_positive, divide_above=recipe.labels.divide_above,
+        **recipe.labels.given,
     )  # fmt: skip
     if generator.layers is not None:
         system.attach(generator.layers)

@@ -15,7 +15,7 @@ from mmsa_dist.config import Monitor
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.engine import Engine, device
 from mmsa_dist.errors import ConfigError, DataError
-from mmsa_dist.label_generators import LabelGenerator, make_generator
+from mmsa_dist.label_generators import LabelGenerator, configured, get_label_generator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System, get_system
@@ -240,6 +240,11 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
             )
     elif recipe.text.gradient_checkpointing and not recipe.text.finetune:
         said.append("text.gradient_checkpointing is without effect: the text encoder is frozen")
+    name = recipe.label_generator
+    if name != "none":
+        labels = np.concatenate([table["label_M"].to_numpy() for table in train_tables(index)])
+        if why := get_label_generator(name).idle(configured(name, **recipe.labels.given), labels):
+            said.append(f"labels.generator: {name} is idle: {why}")
     if launch.launcher != "ray":
         said += ["launch.address is without effect: only --launcher ray joins a cluster"] if launch.address else []
         said += ["launch.gpus_per_worker is without effect: each local rank takes one GPU where there are any"] * bool(
@@ -308,8 +313,7 @@ def label_generator(recipe: Recipe, index: AnyIndex, system: System, device: tor
         widths=system.feature_widths(),
         label_range=index.label_range,
         device=device,
-        zero_is_positive=recipe.labels.zero_is_positive,
-        divide_above=recipe.labels.divide_above,
+        **recipe.labels.given,
     )
 
 

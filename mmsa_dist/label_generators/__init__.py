@@ -2,6 +2,7 @@
 
 from mmsa_dist.label_generators.base import (
     LabelGenerator,
+    configured,
     get_label_generator,
     label_generator,
     label_generator_names,
@@ -20,6 +21,7 @@ __all__ = [
     "LabelGenerator",
     "MultimodalLabels",
     "NoLabelGenerator",
+    "configured",
     "get_label_generator",
     "label_generator",
     "label_generator_names",

@@ -119,6 +119,11 @@ class LabelGenerator:
         return {}
 
     @classmethod
+    def idle(cls, config: Strict, labels: npt.NDArray[np.float32]) -> str:
+        """Why it can make no labels from train samples with these labels M, (N,); empty where it can."""
+        return ""
+
+    @classmethod
     def state_bytes(cls, samples: int, widths: Mapping[str, int]) -> int:
         """Bytes for `samples` training samples, where every rank holds all of them."""
         return 0
@@ -172,14 +177,7 @@ def make_generator(
         ConfigError: no such generator, an option that it lacks, or a system without the features that it reads.
         DataError: a training sample has no label, or two have the same id.
     """
-    cls = get_label_generator(name)
-    known = {key: value for key, value in options.items() if key in cls.Config.model_fields}
-    for key in options.keys() - known.keys():
-        if options[key] not in (None, False):
-            valid = ", ".join(cls.Config.model_fields) or "none"
-            raise ConfigError(
-                f"labels.{key}: label generator {name!r} has no such option (valid: {valid}); leave it out"
-            )
+    config = configured(name, **options)
     split = TrainSplit(
         np.asarray(numbers, dtype=np.int64),
         np.asarray(ids, dtype=np.int64),
@@ -188,7 +186,20 @@ def make_generator(
         label_range,
         torch.device(device),
     )
-    return cls(cls.Config(**known), split)
+    return get_label_generator(name)(config, split)
+
+
+def configured(name: str, **options: Any) -> Strict:
+    """The configuration of the label generator called `name`; see `make_generator`."""
+    cls = get_label_generator(name)
+    known = {key: value for key, value in options.items() if key in cls.Config.model_fields}
+    for key in options.keys() - known.keys():
+        if options[key] not in (None, False):
+            valid = ", ".join(cls.Config.model_fields) or "none"
+            raise ConfigError(
+                f"labels.{key}: label generator {name!r} has no such option (valid: {valid}); leave it out"
+            )
+    return cls.Config(**known)
 
 
 @dataclass(frozen=True)

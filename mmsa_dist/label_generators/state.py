@@ -12,8 +12,10 @@ Shapes: N training samples, B rows of the global batch, d width of a feature.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from mmsa_dist.label_generators.centres import Centres, signs
 from mmsa_dist.label_generators.kept import Kept
 from mmsa_dist.label_generators.samples import TrainSamples
 from shards.batch import Batch
+from shards.suggest import counted
 
 if TYPE_CHECKING:
     from mmsa_dist.systems.base import Prediction
@@ -54,6 +57,9 @@ class Seen:
 
 class GeneratedLabels(LabelGenerator):
     """Labels by sample, and the newest features of some tasks with the centres of their classes."""
+
+    stay: ClassVar[str] = "unimodal labels stay equal to it"
+    """What becomes of them where a class has no sample."""
 
     class Config(Strict):
         """Options of a generator with positive and negative centres."""
@@ -133,6 +139,19 @@ class GeneratedLabels(LabelGenerator):
     @classmethod
     def labels_in(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name.removeprefix("label."): t for name, t in state.items() if name.startswith("label.")}
+
+    @classmethod
+    def idle(cls, config: Strict, labels: npt.NDArray[np.float32]) -> str:
+        assert isinstance(config, GeneratedLabels.Config)
+        found = set(signs(torch.from_numpy(labels), config.zero_is_positive).tolist())
+        lacking = [sign for number, sign in ((1, "positive"), (2, "negative")) if number not in found]
+        if not lacking:
+            return ""
+        zeros = "; --labels.zero-is-positive counts zeros as positive" if {0, 2} == found else ""
+        return (
+            "it tells samples with a positive label M from those with a negative one, and of "
+            f"{counted(len(labels), 'train sample')} none has a {' or a '.join(lacking)} one: {cls.stay}{zeros}"
+        )
 
     @abstractmethod
     def _new_labels(self, seen: Seen) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ class ULAG(ULGM):
     """
 
     paper = "Sun & Wang, J. Electronics & Information Technology 2024"
+    stay = "ULGM's half of unimodal labels stays equal to it, and their losses, which it weighs, stay zero"
 
     def __init__(self, config: Strict, split: TrainSplit) -> None:
         super().__init__(config, split)

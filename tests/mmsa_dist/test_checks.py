@@ -8,6 +8,7 @@ import pytest
 from mmsa_dist.config import LabelConfig
 from mmsa_dist.errors import DataError
 from mmsa_dist.recipe import Recipe, load_recipe
+from mmsa_dist.session import without_effect
 from mmsa_dist.train import fit_together
 from shards.utterance import Utterance
 from shards.write import pack
@@ -24,6 +25,18 @@ class Unlabelled(TinySource):
     def read(self, split: str, number: int) -> Utterance:
         made = super().read(split, number)
         return replace(made, labels={}) if (split, number) in self.lacking else made
+
+
+class Sided(TinySource):
+    """No label is below zero, or none above; half of them are zero."""
+
+    def __init__(self, samples: int, sign: int) -> None:
+        super().__init__(samples)
+        self.sign = sign
+
+    def read(self, split: str, number: int) -> Utterance:
+        made = super().read(split, number)
+        return replace(made, labels={"M": self.sign * abs(made.labels["M"]) * (number % 2)})
 
 
 class UnlabelledEmotions(TinyEmotions):
@@ -71,3 +84,32 @@ def test_so_is_one_that_the_system_is_judged_by(tmp_path: Path) -> None:
 def test_an_emotion_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 36 train samples .* has no label sad, e\.g\. 'train\$_\$5'"):
         fitted(UnlabelledEmotions(60), tmp_path, system="mult")
+
+
+@pytest.mark.parametrize("generator", ["ulgm", "sugrm", "ulag"])
+@pytest.mark.parametrize(("sign", "lacking"), [(1, "negative"), (-1, "positive"), (0, "positive or a negative")])
+def test_a_label_generator_without_one_of_its_classes_is_told(
+    tmp_path: Path, generator: str, sign: int, lacking: str
+) -> None:
+    """Its unimodal labels would stay y_m, and nothing would say so."""
+    index = pack(Sided(60, sign), tmp_path, dtype="float32")[0]
+
+    def notes(*words: str) -> list[str]:
+        recipe = load_recipe("self_mm", None, ["--labels.generator", generator, *words])
+        return [note for note in without_effect(recipe, index) if note.startswith("labels.")]
+
+    (note,) = notes()
+    assert note.startswith(f"labels.generator: {generator} is idle: it tells samples with a positive label M from")
+    assert f"of 36 train samples none has a {lacking} one: " in note
+    assert ("unimodal labels stay equal to it" in note) == (generator != "ulag")
+    assert ("--labels.zero-is-positive counts zeros as positive" in note) == (sign == -1)
+    positive = notes("--labels.zero-is-positive")
+    assert len(positive) == (sign != -1)
+    assert sign == -1 or "none has a negative one" in positive[0]
+
+
+def test_with_both_classes_nothing_is_told(tmp_path: Path) -> None:
+    index = pack(TinySource(60), tmp_path, dtype="float32")[0]
+    for generator in ("ulgm", "multimodal"):
+        recipe = load_recipe("self_mm", None, ["--labels.generator", generator, "--model.text-pooling", "mean"])
+        assert without_effect(recipe, index) == []
