@@ -41,6 +41,12 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         device=torch.device("cpu"),
         **recipe.labels.given,
     )
+    if not system.feature_widths().keys() - {"M"} and name not in ("none", type(system).labels):
+        raise ConfigError(
+            f"labels.generator: {name} is without effect: {recipe.system} as it is set up has no unimodal task whose "
+            "labels it could make; leave it out, or use a system that has some (tam_ulag, iam, self_mm, sugrm, or "
+            "ufen_mtfn with --model.unimodal-targets own)"
+        )
     lacking = system.feature_widths().keys() - {"M", *index.tasks}
     if name == "none" and lacking:
         raise ConfigError(

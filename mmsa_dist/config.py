@@ -96,7 +96,7 @@ class GroupValues(Strict):
 class LabelConfig(Strict):
     """Labels of the unimodal tasks."""
 
-    generator: str | None = None
+    generator: str | None = Field(default=None, min_length=1)
     """Label generator. Unset: the one of the system's paper."""
     divide_above: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """GiB of label state above which a rank keeps the features of its part of the samples only (default: 1)."""

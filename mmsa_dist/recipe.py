@@ -375,7 +375,8 @@ def _readable(text: str) -> str:
     if refused := re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*)", line):
         parts = [] if refused[1] == "Recipe" else [refused[1]]
         found = re.findall(
-            r"(?:(\S+) )?(Input [^\[]*|Value error, [^\[]*) \[type=\w+, input_value=(.*?), input_", refused[2]
+            r"(?:(\S+) )?((?:Input|String) [^\[]*|Value error, [^\[]*) \[type=\w+, input_value=(.*?), input_",
+            refused[2],
         )
         if found:
             sentences = [

@@ -86,6 +86,8 @@ REFUSED_VALUES = {
     "--launch.gpus-per-worker 64": "1 workers x 64 GPUs need 64 GPUs, this machine has",
     "--labels.generator ulgm": "label generator 'ulgm' reads features of M and of at least one of T, A, V; the system",
     "--labels.generator ulgn": "did you mean 'ulgm'",
+    "--labels.generator multimodal": "labels.generator: multimodal is without effect: ufen_mtfn as it is set up has no",
+    "--labels.generator=": "`labels.generator`: string should have at least 1 character, found ''",
     "--model.unimodal-targets own": "labels.generator: none, but synthetic-tiny has no labels for the tasks A, T, V of",
     "--model.width 3": "`model`: width 3 must be divisible by heads 2 and by 2",
     "--data.modalities text --model.subtasks vision": "model.subtasks",
@@ -106,6 +108,12 @@ def test_self_mm_without_labels_to_learn_is_refused(refused, data: str) -> None:
         "none, but synthetic-tiny has no labels for the tasks A, T, V of self_mm; use a generator (ulgm, sugrm, ulag)"
         in error
     )
+
+
+def test_a_generator_without_a_task_to_make_labels_for_is_refused(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    for system, words in (("mult", []), ("self_mm", ["--model.subtasks"])):
+        error = refused(2, "train", system, "--data", data, *words, "--labels.generator", "multimodal")
+        assert f"labels.generator: multimodal is without effect: {system} as it is set up has no unimodal task" in error
 
 
 def test_values_without_effect_are_said(data: str) -> None:
