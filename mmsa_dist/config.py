@@ -6,7 +6,7 @@ Configuration of one part lives here only where the part has no class of its own
 from typing import Annotated, Any, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -102,11 +102,22 @@ class LabelConfig(Strict):
     """GiB of label state above which a rank keeps the features of its part of the samples only (default: 1)."""
     zero_is_positive: bool = False
     """Count a label of exactly zero with the positive ones, instead of with neither."""
+    options: Annotated[dict[str, bool | int | float | str], tyro.conf.arg(metavar="NAME VALUE …")] = Field(
+        default_factory=dict
+    )
+    """Options of a third party's label generator, by name."""
+
+    @field_validator("options")
+    @classmethod
+    def _own(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if twice := sorted(options.keys() & cls.model_fields.keys()):
+            raise ValueError(f"{twice[0]} is set as labels.{twice[0]}, not among the options")
+        return options
 
     @property
     def given(self) -> dict[str, Any]:
         """What a label generator is built with: a field of its ``Config`` -> value."""
-        return {"zero_is_positive": self.zero_is_positive, "divide_above": self.divide_above}
+        return {"zero_is_positive": self.zero_is_positive, "divide_above": self.divide_above, **self.options}
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]

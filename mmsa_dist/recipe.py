@@ -327,13 +327,13 @@ def _with_overrides(cls: type[Recipe], default: Recipe, overrides: list[str], sy
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_unknown_option(cls, overrides) or _readable(output.getvalue())) from None
+        raise ConfigError(_unknown_option(default, overrides) or _readable(output.getvalue())) from None
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(cls, issue) for issue in error.errors())) from error
 
 
-def _unknown_option(cls: type[Recipe], overrides: list[str]) -> str | None:
-    valid = {f"--{key}".replace("_", "-") for key in _flat(cls().dump())} | {f"--{alias}" for alias in ALIASES}
+def _unknown_option(default: Recipe, overrides: list[str]) -> str | None:
+    valid = {f"--{key}".replace("_", "-") for key in flatten(default)} | {f"--{alias}" for alias in ALIASES}
     for word in overrides:
         flag = word.partition("=")[0].replace("_", "-")
         plain = re.sub(r"(^--|\.)no-", r"\1", flag)

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mmsa_dist.config import Strict
+from mmsa_dist.config import LabelConfig, Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.registry import Registry
 from shards.batch import Batch
@@ -171,7 +172,8 @@ def make_generator(
     """Builds the label generator called `name`; the arguments are described at `TrainSplit`.
 
     Args:
-        options: fields of its ``Config``. One that it lacks may be given as long as it is off (False or None).
+        options: fields of its ``Config`` (`config.LabelConfig.given`). Those that have a place of their own in a recipe
+            may be given to one that lacks them as long as they are off (False or None).
 
     Raises:
         ConfigError: no such generator, an option that it lacks, or a system without the features that it reads.
@@ -191,15 +193,24 @@ def make_generator(
 
 def configured(name: str, **options: Any) -> Strict:
     """The configuration of the label generator called `name`; see `make_generator`."""
-    cls = get_label_generator(name)
-    known = {key: value for key, value in options.items() if key in cls.Config.model_fields}
+    config = get_label_generator(name).Config
+    known = {key: value for key, value in options.items() if key in config.model_fields}
     for key in options.keys() - known.keys():
-        if options[key] not in (None, False):
-            valid = ", ".join(cls.Config.model_fields) or "none"
+        shared = key in LabelConfig.model_fields
+        if not shared or options[key] not in (None, False):
+            valid = ", ".join(config.model_fields) or "none"
             raise ConfigError(
-                f"labels.{key}: label generator {name!r} has no such option (valid: {valid}); leave it out"
+                f"labels.{'' if shared else 'options.'}{key}: label generator {name!r} has no such option "
+                f"(valid: {valid}); leave it out"
             )
-    return cls.Config(**known)
+    try:
+        return config(**known)
+    except ValidationError as error:
+        found = [(".".join(map(str, issue["loc"])), issue) for issue in error.errors()]
+        said = [
+            f"`labels.options.{key}`: {i['msg'][0].lower()}{i['msg'][1:]}, found {i['input']!r}" for key, i in found
+        ]
+        raise ConfigError("; ".join(said)) from error
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def test_its_example_is_a_whole_system(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmsa_dist.systems.base import _REGISTRY
 
     monkeypatch.setattr(_REGISTRY, "_classes", dict(_REGISTRY._classes))
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    example = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
     module = ModuleType("my_system")
     monkeypatch.setitem(sys.modules, "my_system", module)  # pydantic looks up annotations there
     path = Path(__file__).with_name("my_system.py")
