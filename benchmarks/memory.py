@@ -160,9 +160,8 @@ def held(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         if taken:
             break
     between = tensor_bytes() - before
-    wanted = need(
-        sizes_of(recipe, session.index), recipe.engine.zero, dist.get_world_size(), recipe.engine.precision, BUCKET
-    )
+    sizes, engine = sizes_of(recipe, session.index), recipe.engine
+    wanted = need(sizes, engine.zero, dist.get_world_size(), engine.precision, BUCKET, engine.offload == "optimizer")
     session.engine.engine.step = deepspeed_step
     session.close()
     return {"formula": vars(wanted), "measured": {"state": between, "step": in_a_step}}

@@ -171,6 +171,17 @@ class EngineConfig(Strict):
     """ZeRO stage: 0 keeps all on every rank; 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of weights and activations; fp16 needs a GPU."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: what a rank's GPU keeps for Adam (moments, weights in fp32) its host keeps, and updates there: slower.
+    Needs ZeRO 1, 2 or 3. Does not change any result."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.offload != "none" and self.zero == 0:
+            raise ValueError(
+                "offload needs ZeRO 1, 2 or 3, which divide the optimizer's state; use --zero 1, or 2 or 3"
+            )
+        return self
 
 
 class LaunchConfig(Strict):

@@ -310,6 +310,9 @@ and the others take in every backward pass, however small the system is."""
 
 
 def _deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, trained: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": min(BUCKET, max(1, trained))}
+    if config.offload == "optimizer":  # pinned memory is what a GPU reads and writes while it computes
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": optim.accumulation,
@@ -317,7 +320,7 @@ def _deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": min(BUCKET, max(1, trained))},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
     }

@@ -10,6 +10,15 @@ a bucket that gradients are reduced in (`engine.BUCKET`, at most P):
     3       ((2 b + 12) P + b F) / W + b B       none; on the way the layer at work, whole
 
 Adam's moments are 8 bytes a number; stages 1 to 3 keep an fp32 copy of each rank's part beside the working weights.
+With the optimizer on the host (`engine.offload`) a rank's GPU and its part of the host hold, L the largest parameter:
+
+    stage   on the GPU between steps             besides, while gradients are reduced    on the host
+    1, 2    b (P + F) + b L                      b B                                     (16 + b) P / W + b L
+    3       b (P + F) / W + b B                  the layer at work, whole                (16 + b) P / W
+
+a part's gradients in fp32 and one more copy in the precision among it; where steps accumulate gradients, stages 1 and 2
+keep b P / W more on the host.
+
 What stands between steps is exact; a stage 2 rank keeps gradients by whole parameters, so for it and for stage 3 the
 second column is the most that there can be. While gradients are reduced there is a bucket, b B, at stages 1 and 2 too.
 """
@@ -54,26 +63,39 @@ class Need:
     Attributes:
         state: between steps.
         step: at most, at the end of a backward pass, which has let the activations go.
+        host: of the memory beside the GPU's, where the optimizer's state lies there.
     """
 
     state: int
     step: int
+    host: int = 0
 
 
-def need(sizes: Sizes, stage: int, ranks: int, precision: str, bucket: int) -> Need:
-    """Bytes of a rank at a ZeRO stage, the label generator's state among them."""
+def need(sizes: Sizes, stage: int, ranks: int, precision: str, bucket: int, offload: bool = False) -> Need:
+    """Bytes of a rank at a ZeRO stage, the label generator's state among them.
+
+    Args:
+        offload: the optimizer's state is the host's, which stages 1 to 3 can.
+    """
     p, f, w = sizes.learning, sizes.frozen, ranks
     b = 4 if precision == "fp32" else 2
     size = min(bucket, p)
     labels = sizes.label_state // (w if sizes.label_state_divided else 1)
-    if stage == 0:
+    host = 0
+    if offload and stage:
+        host = (16 + b) * p // w + (b * sizes.largest if stage < 3 else 0)
+        if stage == 3:
+            state, more = b * (p + f) // w + b * size, b * sizes.largest
+        else:
+            state, more = b * (p + f + sizes.largest), b * size
+    elif stage == 0:
         state, more = 4 * (p + f) + 8 * p, 4 * p
     elif stage == 3:
         state, more = ((2 * b + 12) * p + b * f) // w + b * size, b * sizes.largest
     else:
         at_ends = min(2, w - 1) * sizes.largest
         state, more = b * (p + f) + 12 * p // w, b * (p if stage == 1 else min(p, p // w + at_ends))
-    return Need(labels + state, labels + state + more)
+    return Need(labels + state, labels + state + more, host)
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ Examples:
 ROOM = 0.5
 """Share of a rank's memory that weights, moments and gradients may take: activations, batches and libraries want the
 rest."""
+SHARED = "this machine's memory, shared by the workers"
 PROBE = 32 * 2**20
 """Bytes that are written to see how fast a checkpoint would be."""
 TRAFFIC = {0: 2, 1: 2, 2: 2, 3: 3}
@@ -142,15 +143,18 @@ def needs(recipe: Recipe, index: "AnyIndex", memory: float | None) -> dict[str, 
 
     sizes = sizes_of(recipe, index)
     ranks, precision = recipe.launch.workers, recipe.engine.precision
-    stages = {stage: need(sizes, stage, ranks, precision, BUCKET) for stage in STAGES}
+    offload = recipe.engine.offload == "optimizer"
+    stages = {stage: need(sizes, stage, ranks, precision, BUCKET, offload) for stage in STAGES}
     room, where = (memory * 2**30, "--memory") if memory else _memory(recipe)
-    fitting = [stage for stage in _possible(precision) if stages[stage].step <= ROOM * room]
+    if where == SHARED:  # there is no GPU beside the host
+        stages = {stage: replace(each, step=each.step + each.host) for stage, each in stages.items()}
+    fitting = [stage for stage in _possible(recipe) if stages[stage].step <= ROOM * room]
     return {"sizes": sizes, "stages": stages, "memory": int(room), "memory_of": where, "fitting": fitting}
 
 
-def _possible(precision: str) -> tuple[int, ...]:
+def _possible(recipe: Recipe) -> tuple[int, ...]:
     """In the order in which they are advised: where all fit, sharding the optimizer's state costs nothing."""
-    return (1, 0, 2, 3) if precision == "fp32" else (1, 2, 3)
+    return (1, 0, 2, 3) if recipe.engine.precision == "fp32" and recipe.engine.offload == "none" else (1, 2, 3)
 
 
 def _memory(recipe: Recipe) -> tuple[float, str]:
@@ -160,7 +164,7 @@ def _memory(recipe: Recipe) -> tuple[float, str]:
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory), "this machine's GPU"
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total / recipe.launch.workers, "this machine's memory, shared by the workers"
+    return total / recipe.launch.workers, SHARED
 
 
 def checkpoints(sizes: "Sizes", mtbf: float, runs_dir: Path) -> dict[str, Any]:
@@ -243,17 +247,24 @@ def _stage_table(found: dict[str, Any], recipe: Recipe) -> "RenderableType":
     ranks, stages = recipe.launch.workers, found["stages"]
     title = f"one of {ranks} rank{'s' * (ranks > 1)}, {recipe.engine.precision}, without activations"
     table = Table("ZeRO stage", title=title, title_justify="left")
+    offload = recipe.engine.offload == "optimizer"
     for column in ("between steps", "with gradients, at most", "against stage 0", "sent a step"):
         table.add_column(column, justify="right")
+    if offload:
+        table.add_column("on the host", justify="right")
     width = 4 if recipe.engine.precision == "fp32" else 2
     for stage, each in stages.items():
-        if stage not in _possible(recipe.engine.precision):
-            table.add_row(str(stage), "-", "-", "-", f"needs fp32, not {recipe.engine.precision}")
+        if stage not in _possible(recipe):
+            why = (
+                "divides nothing, so nothing is the host's" if offload else f"needs fp32, not {recipe.engine.precision}"
+            )
+            table.add_row(str(stage), "-", "-", "-", why)
             continue
         sent = TRAFFIC[stage] * width * found["sizes"].learning * (ranks - 1) // ranks
         share = f"{each.step / stages[0].step:.0%}"
         name = f"{stage} (asked for)" if stage == recipe.engine.zero else str(stage)
-        table.add_row(name, size_text(each.state), size_text(each.step), share, size_text(sent))
+        host = [size_text(each.host)] * offload
+        table.add_row(name, size_text(each.state), size_text(each.step), share, size_text(sent), *host)
     return table
 
 
@@ -265,9 +276,10 @@ def _advice(found: dict[str, Any], recipe: Recipe) -> list[str]:
         divided = ", divided over the ranks" if found["sizes"].label_state_divided else " on every rank"
         lines.append(f"of it labels that are generated: {size_text(found['sizes'].label_state)}{divided}")
     if not fitting:
+        on_host = ", --engine.offload optimizer" if found["memory_of"] != SHARED and not stages[3].host else ""
         lines.append(
             f"no stage leaves activations room in {size_text(room)} ({found['memory_of']}): raise --workers, name a "
-            "rank's memory with --memory, or use --engine.precision bf16"
+            f"rank's memory with --memory, or use --engine.precision bf16{on_host}"
         )
     elif stage in fitting:
         lines.append(f"stage {stage} fits: {_share(stages[stage], room)} of {size_text(room)} ({found['memory_of']})")

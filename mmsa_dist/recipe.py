@@ -37,8 +37,8 @@ from shards.remote.url import is_url
 PACKAGED = Path(__file__).parent / "recipes"
 
 RESUMABLE = (
-    "launch.", "tracking.", "checkpoint.", "engine.zero", "data.readers", "data.path", "data.eval_batch_size",
-    "labels.divide_above", "text.gradient_checkpointing",
+    "launch.", "tracking.", "checkpoint.", "engine.zero", "engine.offload", "data.readers", "data.path",
+    "data.eval_batch_size", "labels.divide_above", "text.gradient_checkpointing",
 )  # fmt: skip
 """What may differ when a run is resumed: none of it changes a result."""
 

@@ -245,6 +245,8 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
         labels = np.concatenate([table["label_M"].to_numpy() for table in train_tables(index)])
         if why := get_label_generator(name).idle(configured(name, **recipe.labels.given), labels):
             said.append(f"labels.generator: {name} is idle: {why}")
+    if recipe.engine.offload != "none" and not launch.gpus_per_worker and not torch.cuda.is_available():
+        said.append("engine.offload costs memory and gains nothing: ranks compute on the CPU, where the optimizer is")
     if launch.launcher != "ray":
         said += ["launch.address is without effect: only --launcher ray joins a cluster"] if launch.address else []
         said += ["launch.gpus_per_worker is without effect: each local rank takes one GPU where there are any"] * bool(

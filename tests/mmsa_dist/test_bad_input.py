@@ -81,6 +81,7 @@ REFUSED_VALUES = {
     "--optim.betas 0.9 1.5": "`optim.betas.1`: input should be less than 1, found 1.5",
     "--seed 18446744073709551616": "`seed`: input should be less than 9223372036854775808",
     "--epochs 0": "`train.epochs`: input should be greater than or equal to 1, found 0",
+    "--engine.offload optimizer --zero 0": "`engine`: offload needs ZeRO 1, 2 or 3",
     "--epochs many": "invalid literal for int() with base 10: 'many'",
     "--zero 7": "invalid choice '7' for argument '--zero/--engine.zero'. Expected one of ('0', '1', '2', '3')",
     "--launch.gpus-per-worker 64": "1 workers x 64 GPUs need 64 GPUs, this machine has",
@@ -128,6 +129,15 @@ def test_values_without_effect_are_said(data: str) -> None:
         "text.max_tokens is without effect: no text encoder reads the text",
     ]
     assert without_effect(load_recipe("ufen_mtfn", None, ["--data", data]), Index.load(Path(data))) == []
+    words = ["--data", data, "--engine.offload", "optimizer"]
+    (said,) = without_effect(load_recipe("ufen_mtfn", None, words), Index.load(Path(data)))
+    assert said.startswith("engine.offload costs memory and gains nothing: ranks compute on the CPU")
+    assert (
+        without_effect(
+            load_recipe("ufen_mtfn", None, [*words, "--launch.gpus-per-worker", "1"]), Index.load(Path(data))
+        )
+        == []
+    )
 
 
 def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

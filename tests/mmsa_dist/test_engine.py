@@ -47,7 +47,14 @@ def plain_losses(steps: int, optim: OptimConfig = OPTIM) -> list[float]:
 
 
 def train(
-    stage: int, first: int, steps: int, state: State | None, optim: OptimConfig, save: bool, precision: str = "fp32"
+    stage: int,
+    first: int,
+    steps: int,
+    state: State | None,
+    optim: OptimConfig,
+    save: bool,
+    precision: str = "fp32",
+    offload: str = "none",
 ) -> tuple[list[float], State | None]:
     """Steps `first` to `first + steps` on this rank; losses and, on rank 0, the state."""
     from mmsa_dist.engine import Engine
@@ -55,7 +62,7 @@ def train(
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     system = Toy(ToyConfig(), SPEC)
-    config = EngineConfig(zero=stage, precision=precision)  # type: ignore[arg-type]
+    config = EngineConfig(zero=stage, precision=precision, offload=offload)  # type: ignore[arg-type]
     engine = Engine(system, optim, config, micro_batch=12 // (world * optim.accumulation), total_steps=100, state=state)
     losses = []
     for step in range(first, first + steps):
@@ -104,6 +111,37 @@ def test_state_loads_at_every_pair(ranks: Callable[..., Any]) -> None:
                 assert losses == pytest.approx(expected, abs=1e-5), (saved, world, stage)
 
 
+def test_state_loads_where_the_optimizer_is_the_hosts(ranks: Callable[..., Any]) -> None:
+    """Saved so and continued otherwise at another number of ranks, and the other way round."""
+    expected = plain_losses(8)
+    ways = [(stage, offload) for stage in STAGES for offload in ("none", "optimizer") if stage or offload == "none"]
+    on_host = [way for way in ways if way[1] == "optimizer"]
+    for here, there, then in ((2, 1, ways), (1, 2, on_host)):
+        for stage, offload in on_host if then is ways else ways:
+            losses, state = ranks(train, here, stage, 0, 4, None, OPTIM, True, "fp32", offload)[0]
+            assert losses == pytest.approx(expected[:4], abs=1e-5), (here, stage, offload)
+            for way in then:
+                for losses, _ in ranks(train, there, way[0], 4, 4, state, OPTIM, False, "fp32", way[1]):
+                    assert losses == pytest.approx(expected[4:], abs=1e-5), (here, stage, offload, way)
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_where_the_optimizer_is_changes_no_loss(ranks: Callable[..., Any], stage: int) -> None:
+    """To the bit, with micro-batches and clipping."""
+    optim = OPTIM.model_copy(update={"accumulation": 2, "clip": 0.05})
+    for precision in ("fp32", "bf16"):
+        device, host = (
+            ranks(train, 2, stage, 0, 8, None, optim, False, precision, offload)[0][0]
+            for offload in ("none", "optimizer")
+        )
+        assert device == host and len(set(host)) == 8, precision
+
+
+def test_stage_0_divides_nothing_that_the_host_could_keep() -> None:
+    with pytest.raises(ValueError, match="offload needs ZeRO 1, 2 or 3"):
+        EngineConfig(zero=0, offload="optimizer")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_continuing_is_bitwise_at_the_same_world_size(ranks: Callable[..., Any], stage: int) -> None:
     whole = ranks(train, 2, stage, 0, 8, None, OPTIM, False)[0][0]
@@ -119,14 +157,14 @@ def test_bf16_trains_and_continues(ranks: Callable[..., Any], stage: int) -> Non
     assert ranks(train, 2, stage, 4, 4, state, OPTIM, False, "bf16")[0][0] == pytest.approx(whole[4:], abs=1e-2)
 
 
-def nan_on_rank_one(stage: int, where: str, precision: str = "fp32") -> str:
+def nan_on_rank_one(stage: int, where: str, precision: str = "fp32", offload: str = "none") -> str:
     """One step where rank 1 alone has a loss that is not finite, or a gradient that is not though its loss is."""
     from mmsa_dist.engine import Engine
 
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     system = Toy(ToyConfig(), SPEC)
-    config = EngineConfig(zero=stage, precision=precision)  # type: ignore[arg-type]
+    config = EngineConfig(zero=stage, precision=precision, offload=offload)  # type: ignore[arg-type]
     engine = Engine(system, OPTIM, config, micro_batch=6, total_steps=100)
     batch = global_batch(0)
     if where == "loss":
@@ -162,6 +200,14 @@ def test_no_rank_steps_on_nan(ranks: Callable[..., Any], stage: int) -> None:
 def test_no_rank_steps_on_a_gradient_that_is_not_finite(ranks: Callable[..., Any], stage: int, precision: str) -> None:
     here, there = ranks(nan_on_rank_one, 2, stage, "gradient", precision)
     assert "step 1: the gradient is not finite" in here and "step 1: the gradient is not finite" in there
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_nor_where_the_optimizer_is_the_hosts(ranks: Callable[..., Any], stage: int) -> None:
+    for precision in ("fp32", "bf16"):
+        for where in ("loss", "gradient"):
+            said = ranks(nan_on_rank_one, 2, stage, where, precision, "optimizer")
+            assert all(f"step 1: the {where} is not finite" in each for each in said), (precision, where)
 
 
 def refused(precision: str, stage: int) -> str:

@@ -19,9 +19,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tmp_path_factory.mktemp("memory"), samples=60)
 
 
-def wide(data: Path, stage: int, precision: str, **text: Any) -> Recipe:
+def wide(data: Path, stage: int, precision: str, offload: str = "none", **text: Any) -> Recipe:
     """Self-MM with a layer so wide that batches weigh nothing: 16 million numbers."""
-    engine = {"zero": stage, "precision": precision}
+    engine = {"zero": stage, "precision": precision, "offload": offload}
     return recipe_for("self_mm", data, model={"post_fusion_dim": 4000}, engine=engine, text=text)
 
 
@@ -38,6 +38,28 @@ def test_ranks_hold_what_the_formula_says(
         assert measured["step"] < 1.01 * formula["step"]
         if stage < 2:  # of the others it is the most that there can be
             assert measured["step"] == pytest.approx(formula["step"], rel=0.05)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_the_host_keeps_is_in_the_formula_too(
+    stage: int, world: int, ranks: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    """On a CPU both halves are the process's: their sum is what can be measured."""
+    for precision in ("fp32", "bf16"):
+        for found in ranks(held, world, wide(data, stage, precision, "optimizer").dump(), tmp_path):
+            formula, measured = found["formula"], found["measured"]
+            assert measured["state"] == pytest.approx(formula["state"] + formula["host"], rel=0.05), precision
+            assert measured["step"] < 1.01 * (formula["step"] + formula["host"]), precision
+
+
+def test_the_host_takes_off_a_gpu_what_adam_keeps() -> None:
+    """All 12 bytes a number of it, and the gradients of the step."""
+    sizes = Sizes({"rest": 10**9}, 0, 10**6)
+    for stage in (1, 2, 3):
+        plain, less = (need(sizes, stage, 1, "bf16", 10**6, offload) for offload in (False, True))
+        assert plain.state - less.state >= 11.9e9 and plain.step - less.step >= 13.9e9 and less.host > 16e9
+    assert need(sizes, 0, 1, "fp32", 10**6, True) == need(sizes, 0, 1, "fp32", 10**6)
 
 
 def test_the_text_encoder_counts_and_is_not_loaded(data: Path, encoders: Callable[[str], Path]) -> None:

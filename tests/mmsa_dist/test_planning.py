@@ -69,6 +69,23 @@ def test_half_precision_has_no_stage_0(data: Path, capsys: pytest.CaptureFixture
     assert "needs fp32, not bf16" in planned(capsys, tmp_path, *words)
 
 
+def test_an_optimizer_on_the_host_is_the_hosts(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where there is a GPU, whose memory --memory names; without one both are the same memory."""
+    words = ["self_mm", "--data", str(data), "--workers", "2", "--engine.offload", "optimizer"]
+    here, beside = (json.loads(planned(capsys, tmp_path, *words, "--json", *more)) for more in ([], ["--memory", "8"]))
+    for stage in "123":
+        on_gpu, host = (beside["stages"][stage][key] for key in ("step", "host"))
+        assert host > on_gpu - beside["sizes"]["label_state"] > 0
+        assert here["stages"][stage]["step"] == on_gpu + host
+    assert beside["fitting"] == [1, 2, 3]
+    out = planned(capsys, tmp_path, *words, "--brief", "--memory", "8")
+    assert "on the host" in out and "divides nothing" in out and "stage 1 fits" in out
+    assert "on the host" not in planned(capsys, tmp_path, *words[:-2], "--brief")
+    tight = ["--brief", "--memory", "1e-7"]
+    assert "bf16, --engine.offload optimizer" in planned(capsys, tmp_path, *words[:-2], *tight)
+    assert "--engine.offload" not in planned(capsys, tmp_path, *words, *tight)
+
+
 def test_the_interval_is_young_and_dalys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sqrt(2 C M): a checkpoint of 50 s and a failure every 100 h make 100 minutes."""
     monkeypatch.setattr("mmsa_dist.planning.writing_speed", lambda folder: 12e9 / 50)
