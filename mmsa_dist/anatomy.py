@@ -1,9 +1,10 @@
 """The parts of a system: its modules as a tree, with what each gives, how many parameters it has and who trains them.
 
-Shapes: B batch, T time. A module's output is found by sending made-up samples through the system.
+Shapes: B batch, T time. A module's output is found by sending made-up samples through the system, twice, in batches and
+sequences of other sizes: an axis that has another size then is one of batch or time, whatever width it looks like.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,31 @@ from shards.batch import Batch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BATCH = 23
-STEPS = {"text": 101, "audio": 103, "vision": 107}
-"""Samples and their steps: numbers that are no layer's width, so that an axis of that size is known for what it is."""
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How many samples are sent through a system, and how many steps they have by modality."""
+
+    batch: int
+    steps: Mapping[str, int]
+
+
+TRIALS = (
+    Trial(23, {"text": 101, "audio": 103, "vision": 107}),
+    Trial(29, {"text": 131, "audio": 137, "vision": 139}),
+)
 
 COLOURS = {"text": "#cfe2f3", "audio": "#d9ead3", "vision": "#fce5cd", "rest": "#eeeeee", "": "#ffffff"}
 """Optimizer group -> its colour; "" where there is nothing to train."""
 
-_SYMBOLS = {BATCH: "B"} | {-(-steps // 2**k): ("T", "T/2", "T/4")[k] for steps in STEPS.values() for k in (2, 1, 0)}
+_SYMBOLS = {tuple(trial.batch for trial in TRIALS): "B"} | {
+    tuple(-(-trial.steps[modality] // 2**k) for trial in TRIALS): ("T", "T/2", "T/4")[k]
+    for modality in TRIALS[0].steps
+    for k in (2, 1, 0)
+}
+"""Sizes of an axis in both trials -> what it is."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ def dissect(system: System, depth: int = 2) -> Part:
 
     Leaves the system in evaluation mode.
     """
-    outputs = _outputs(system, made_up(system.spec))
+    once, again = (_outputs(system, made_up(system.spec, trial)) for trial in TRIALS)
+    outputs = {path: _told(shapes, again.get(path, shapes)) for path, shapes in once.items()}
     return _part(system, system, "", system.name or type(system).__name__, outputs, depth)
 
 
@@ -73,7 +92,7 @@ def _part(system: System, module: nn.Module, path: str, name: str, outputs: dict
     if children:
         for key, value in module.named_parameters(recurse=False):
             group = system.parameter_group(f"{path}{key}")
-            part.parts.append(Part(key, "Parameter", _shape(value), value.numel(), (group,)))
+            part.parts.append(Part(key, "Parameter", _told([value.shape], [value.shape]), value.numel(), (group,)))
     return part
 
 
@@ -81,30 +100,31 @@ def _in_order(groups: set[str]) -> tuple[str, ...]:
     return tuple(group for group in GROUPS if group in groups)
 
 
-def made_up(spec: DataSpec) -> Batch:
+def made_up(spec: DataSpec, trial: Trial) -> Batch:
     """Samples of nothing, every modality of its own length."""
-    values = {name: torch.zeros(BATCH, STEPS[name], width) for name, width in spec.widths.items()}
+    size = trial.batch
+    values = {name: torch.zeros(size, trial.steps[name], width) for name, width in spec.widths.items()}
     return Batch(
         values=values,
-        lengths={name: torch.full((BATCH,), STEPS[name]) for name in values},
-        present={name: torch.ones(BATCH, dtype=torch.bool) for name in values},
-        labels={task: torch.zeros(BATCH) for task in spec.tasks},
-        numbers=torch.arange(BATCH),
-        weight=torch.ones(BATCH),
-        norm=float(BATCH),
-        keys=[str(row) for row in range(BATCH)],
+        lengths={name: torch.full((size,), trial.steps[name]) for name in values},
+        present={name: torch.ones(size, dtype=torch.bool) for name in values},
+        labels={task: torch.zeros(size) for task in spec.tasks},
+        numbers=torch.arange(size),
+        weight=torch.ones(size),
+        norm=float(size),
+        keys=[str(row) for row in range(size)],
     )
 
 
-def _outputs(system: System, batch: Batch) -> dict[str, str]:
-    """Module's path with a dot behind it -> the shape of what it gave when it was called first."""
-    found: dict[str, str] = {}
+def _outputs(system: System, batch: Batch) -> dict[str, list[Sizes]]:
+    """Module's path with a dot behind it -> the shapes of what it gave when it was called first."""
+    found: dict[str, list[Sizes]] = {}
     hooks = []
     for path, module in system.named_modules():
         if path:
 
             def note(module: nn.Module, given: Any, output: Any, path: str = f"{path}.") -> None:
-                found.setdefault(path, _shape(output))
+                found.setdefault(path, _shapes(output))
 
             hooks.append(module.register_forward_hook(note))
     try:
@@ -116,20 +136,23 @@ def _outputs(system: System, batch: Batch) -> dict[str, str]:
     return found
 
 
-def _shape(output: Any) -> str:
-    """A tensor's shape in symbols; of a tuple its tensors', e.g. an answer and a feature."""
+def _shapes(output: Any) -> list[Sizes]:
+    """The shape of a tensor; of a tuple its tensors', e.g. of an answer and a feature."""
     if isinstance(output, Tensor):
-        sizes = [_symbol(size) for size in output.shape]
-        return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
-    if isinstance(output, Sequence):
-        return " ".join(filter(None, map(_shape, output)))
-    return ""
+        return [tuple(output.shape)]
+    return [shape for each in output for shape in _shapes(each)] if isinstance(output, Sequence) else []
 
 
-def _symbol(size: int) -> str:
-    """An axis: B, T, or B·T where the steps of all samples stand behind one another."""
-    packed = size % BATCH == 0 and size >= BATCH * min(STEPS.values())
-    return _SYMBOLS.get(size, "B·T" if packed else str(size))
+def _told(once: list[Sizes], again: list[Sizes]) -> str:
+    """Shapes in symbols, from both trials."""
+    told = [[_symbol(*sizes) for sizes in zip(*shapes, strict=False)] for shapes in zip(once, again, strict=False)]
+    return " ".join(f"({', '.join(axes)}{',' if len(axes) == 1 else ''})" for axes in told)
+
+
+def _symbol(*sizes: int) -> str:
+    """An axis: its width; B, T, or B·T where the steps of all samples stand behind one another."""
+    packed = all(size % trial.batch == 0 for size, trial in zip(sizes, TRIALS, strict=True))
+    return str(sizes[0]) if len(set(sizes)) == 1 else _SYMBOLS.get(sizes, "B·T" if packed else str(sizes[0]))
 
 
 def lines(part: Part) -> Iterator[tuple[str, Part]]:

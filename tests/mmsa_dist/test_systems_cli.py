@@ -59,6 +59,30 @@ def test_parts_say_what_they_give_and_hold() -> None:
     }
 
 
+class Wide(System):
+    """A layer of some width on the steps of audio, and a parameter as wide."""
+
+    Config = Strict
+
+    def __init__(self, width: int) -> None:
+        super().__init__(Strict(), spec_for(["audio"]))
+        self.audio = nn.Linear(self.spec.widths["audio"], width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, batch: Batch) -> Prediction:
+        return Prediction({"M": self.audio(batch.values["audio"]).sum((1, 2))})
+
+
+@pytest.mark.parametrize(
+    "width", sorted({size for trial in anatomy.TRIALS for size in (trial.batch, *trial.steps.values())})
+)
+def test_a_width_is_no_letter_whatever_its_size(width: int) -> None:
+    """Those of the made-up batches and sequences, halves and quarters of which a layer may make."""
+    for size in (width, -(-width // 2), -(-width // 4), width * 101):
+        found = {part.name: part.output for part in anatomy.dissect(Wide(size)).parts}
+        assert found == {"audio": f"(B, T, {size})", "scale": f"({size},)"}
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_parts_add_up(name: str) -> None:
     system = get_system(name)(get_system(name).Config(), spec_for())
