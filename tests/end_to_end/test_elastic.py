@@ -83,7 +83,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 @pytest.mark.fault
 @pytest.mark.ray
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_go_and_come_with_the_nodes(zero: int, words: list[str], cluster: Cluster, tmp_path: Path) -> None:
     """One node of two is killed: one rank goes on. Another joins: two do. The losses are those of two ranks alone."""
     same = [*words, "--zero", str(zero), "--train.patience", "99999"]
