@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +21,9 @@ SEED = 20
 @pytest.mark.fault
 @pytest.mark.timeout(3600)
 @two_cpus
-def test_thirty_kills_are_invisible(words: list[str], tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_thirty_kills_are_invisible(
+    words: list[str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Of either rank, while ranks start, train, evaluate or save: the same result to the bit as undisturbed."""
     more = [*words, "--epochs", "300", "--train.patience", "999", "--workers", "2", "--launcher", "local"]
     undisturbed = Run(tmp_path / "undisturbed", *more)
