@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmsa_dist.systems.base import GROUPS, DataSpec, System
+from mmsa_dist.systems.base import GROUPS, DataSpec, Prediction, System
 from shards.batch import Batch
 
 if TYPE_CHECKING:
@@ -129,7 +129,9 @@ def _outputs(system: System, batch: Batch) -> dict[str, list[Sizes]]:
             hooks.append(module.register_forward_hook(note))
     try:
         with torch.no_grad():
-            system.eval()(batch)
+            prediction: Prediction = system.eval()(batch)
+            if hasattr(system, "label_layers"):  # a label generator's, which read features in training only
+                system.get_submodule("label_layers")(prediction.features)
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,9 +139,10 @@ def _outputs(system: System, batch: Batch) -> dict[str, list[Sizes]]:
 
 
 def _shapes(output: Any) -> list[Sizes]:
-    """The shape of a tensor; of a tuple its tensors', e.g. of an answer and a feature."""
+    """The shape of a tensor; of a tuple or a mapping its tensors', e.g. of an answer and a feature."""
     if isinstance(output, Tensor):
         return [tuple(output.shape)]
+    output = list(output.values()) if isinstance(output, Mapping) else output
     return [shape for each in output for shape in _shapes(each)] if isinstance(output, Sequence) else []
 
 

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import pyarrow.compute as pc
-import torch
 
 from mmsa_dist.errors import ConfigError, DataError
-from mmsa_dist.label_generators import make_generator
+from mmsa_dist.label_generators import over_nothing
 from mmsa_dist.layers.hub import check_checkpointing
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.session import data_spec
@@ -31,16 +30,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         assert spec.text.encoder is not None
         check_checkpointing(spec.text.encoder)
     system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
-    make_generator(
-        name,
-        numbers=[0],  # one made-up sample: what is wrong with the recipe does not hang on them
-        ids=[0],
-        labels=[0.0],
-        widths=system.feature_widths(),
-        label_range=index.label_range,
-        device=torch.device("cpu"),
-        **recipe.labels.given,
-    )
+    over_nothing(name, system.feature_widths(), index.label_range, **recipe.labels.given)
     if not system.feature_widths().keys() - {"M"} and name not in ("none", type(system).labels):
         raise ConfigError(
             f"labels.generator: {name} is without effect: {recipe.system} as it is set up has no unimodal task whose "

@@ -107,7 +107,7 @@ def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
     """Counts the system of a recipe without making its weights."""
     import torch
 
-    from mmsa_dist.label_generators import get_label_generator, make_generator
+    from mmsa_dist.label_generators import get_label_generator, over_nothing
     from mmsa_dist.label_generators.state import DIVIDE_ABOVE
     from mmsa_dist.session import data_spec
     from mmsa_dist.systems import get_system
@@ -119,10 +119,7 @@ def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
         system = get_system(recipe.system)(recipe.model, spec)
     name = recipe.label_generator
     widths = system.feature_widths()
-    generator = make_generator(
-        name, numbers=[0], ids=[0], labels=[0.0], widths=widths, label_range=index.label_range,
-        **recipe.labels.given,
-    )  # fmt: skip
+    generator = over_nothing(name, widths, index.label_range, **recipe.labels.given)
     if generator.layers is not None:
         system.attach(generator.layers)
     trained: dict[str, int] = {}

@@ -128,6 +128,7 @@ def published_spec(data: str) -> "DataSpec":
 def show(name: str, recipe: str | None, mermaid: bool, picture: Path | None) -> int:
     """Prints one system's page."""
     from mmsa_dist import anatomy
+    from mmsa_dist.label_generators import over_nothing
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.systems import get_system
     from shards.progress import console, remarks
@@ -138,12 +139,18 @@ def show(name: str, recipe: str | None, mermaid: bool, picture: Path | None) -> 
     values = load_recipe(name, recipe, [])
     data = recipe if recipe in known else "mosi"
     assert data is not None
-    parts = anatomy.dissect(built(cls, values.model, data))
+    system = built(cls, values.model, data)
+    generator = over_nothing(
+        values.label_generator, system.feature_widths(), system.spec.label_range, **values.labels.given
+    )
+    at = f"at the widths of {data}, without text encoder"
+    if generator.layers is not None:
+        system.attach(generator.layers)
+        at += f", with what {values.label_generator} learns"
+    parts = anatomy.dissect(system)
     if picture:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        anatomy.save_picture(
-            parts, f"{cls.name or name} at the widths of {data}: {parts.parameters:,} parameters", picture
-        )
+        anatomy.save_picture(parts, f"{cls.name or name} {at}: {parts.parameters:,} parameters", picture)
         remarks.print(f"drawing in {picture}", soft_wrap=True)
     if mermaid:
         print(anatomy.mermaid(parts))
@@ -153,7 +160,7 @@ def show(name: str, recipe: str | None, mermaid: bool, picture: Path | None) -> 
     console.print(f"\n{forward(cls)}\n")
     console.print(_recipe_table(name, recipe))
     console.print(_switch_table(cls))
-    console.print(_parts_table(anatomy.lines(parts), data))
+    console.print(_parts_table(anatomy.lines(parts), at))
     where = f"{cls.__module__}.{cls.__qualname__}"
     remarks.print(f"how what the paper leaves open is settled: python -m pydoc {where}", soft_wrap=True)
     return 0
@@ -229,12 +236,10 @@ def _switch_table(cls: "type[System]") -> "RenderableType":
     return Group(*parts)
 
 
-def _parts_table(lines: Any, data: str) -> "RenderableType":
+def _parts_table(lines: Any, at: str) -> "RenderableType":
     from rich.table import Table
 
-    table = Table(
-        "part", "", "gives", title=f"parts, at the widths of {data}, without text encoder", title_justify="left"
-    )
+    table = Table("part", "", "gives", title=f"parts, {at}", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("optimizer group")
     for branch, part in lines:

@@ -7,6 +7,7 @@ from mmsa_dist.label_generators.base import (
     label_generator,
     label_generator_names,
     make_generator,
+    over_nothing,
 )
 from mmsa_dist.label_generators.multimodal import MultimodalLabels
 from mmsa_dist.label_generators.none import NoLabelGenerator
@@ -26,4 +27,5 @@ __all__ = [
     "label_generator",
     "label_generator_names",
     "make_generator",
+    "over_nothing",
 ]

@@ -191,6 +191,13 @@ def make_generator(
     return get_label_generator(name)(config, split)
 
 
+def over_nothing(
+    name: str, widths: Mapping[str, int], label_range: tuple[float, float], **options: Any
+) -> LabelGenerator:
+    """As `make_generator`, over one made-up sample: what is wrong with options and widths, and the layers it has."""
+    return make_generator(name, numbers=[0], ids=[0], labels=[0.0], widths=widths, label_range=label_range, **options)
+
+
 def configured(name: str, **options: Any) -> Strict:
     """The configuration of the label generator called `name`; see `make_generator`."""
     config = get_label_generator(name).Config

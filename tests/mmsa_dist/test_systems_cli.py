@@ -226,6 +226,17 @@ def test_the_page_of_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "├── audio" in page and "(B, T, " in page
 
 
+def test_the_layers_of_a_label_generator_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """They learn with the system, in the group rest: ULAG's experts are 16 wide, its confidences two layers."""
+    assert main(["systems", "tam_ulag"]) == 0
+    page = capsys.readouterr().out
+    count = 16 * (128 + 64 + 16 + 32) + 3 * (16 * 16 + 16 + 16 + 1)
+    assert re.search(rf"── label_layers +│ Confidence +│ \(B,\) \(B,\) \(B,\) +│ +{count:,} │ rest ", page)
+    assert "without text encoder, with what ulag learns" in " ".join(page.split())
+    assert main(["systems", "self_mm"]) == 0
+    assert "label_layers" not in capsys.readouterr().out
+
+
 def test_recipe_and_drawings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["systems", "iam", "--recipe", "sims"]) == 0
     page = capsys.readouterr().out
