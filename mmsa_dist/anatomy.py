@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmsa_dist.errors import ConfigError
 from mmsa_dist.systems.base import GROUPS, DataSpec, Prediction, System
 from shards.batch import Batch
 
@@ -226,9 +227,17 @@ def _places(part: Part, depth: int, top: int) -> Iterator[tuple[int, int, int, P
 
 
 def save_picture(part: Part, title: str, path: Path) -> None:
-    """Writes `picture` to a file, whose ending says the format (.png, .svg, .pdf)."""
+    """Writes `picture` to a file, whose ending says the format (.png, .svg, .pdf).
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = picture(part, title)
     FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state
-    figure.savefig(path, dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"--picture {path}: cannot be written: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ from mmsa_dist.label_generators import over_nothing
 from mmsa_dist.layers.hub import check_checkpointing
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.session import data_spec
-from mmsa_dist.systems import get_system
+from mmsa_dist.systems import get_system, make_system
 from mmsa_dist.systems.base import classifying
 from shards.mix import AnyIndex
 from shards.remote.ahead import fetch_tables
@@ -29,7 +29,7 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
     if spec.text is not None and spec.text.gradient_checkpointing and spec.text.finetune:
         assert spec.text.encoder is not None
         check_checkpointing(spec.text.encoder)
-    system = get_system(recipe.system)(recipe.model, replace(spec, text=None))
+    system = make_system(recipe.system, recipe.model, replace(spec, text=None))
     over_nothing(name, system.feature_widths(), index.label_range, **recipe.labels.given)
     if not system.feature_widths().keys() - {"M"} and name not in ("none", type(system).labels):
         raise ConfigError(

@@ -110,13 +110,13 @@ def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
     from mmsa_dist.label_generators import get_label_generator, over_nothing
     from mmsa_dist.label_generators.state import DIVIDE_ABOVE
     from mmsa_dist.session import data_spec
-    from mmsa_dist.systems import get_system
+    from mmsa_dist.systems import make_system
 
     spec = data_spec(recipe, index)
     if spec.text is not None:  # its shape is enough
         spec = replace(spec, text=spec.text.model_copy(update={"pretrained": False}))
     with torch.device("meta"):
-        system = get_system(recipe.system)(recipe.model, spec)
+        system = make_system(recipe.system, recipe.model, spec)
     name = recipe.label_generator
     widths = system.feature_widths()
     generator = over_nothing(name, widths, index.label_range, **recipe.labels.given)

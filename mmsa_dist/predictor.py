@@ -59,17 +59,17 @@ class Predictor:
 
         Raises:
             DataError: a file is missing or does not fit the others.
-            ConfigError: the recipe names a system that is not here.
+            ConfigError: the recipe names a system that is not here, or cannot be built.
         """
         from mmsa_dist.checkpoint import damage
-        from mmsa_dist.systems import get_system
+        from mmsa_dist.systems import make_system
 
         if (folder / "manifest.json").is_file() and (fault := damage(folder, None)) is not None:
             raise DataError(f"{folder}: {fault}; export the model again")
         recipe = read_recipe(_present(folder / RECIPE))
         card = DataCard.load(folder)
         text = _text(card, folder)
-        system = get_system(recipe.system)(recipe.model, card.spec(text))
+        system = make_system(recipe.system, recipe.model, card.spec(text))
         _load_weights(system, weights_path(folder))
         return cls(recipe, card, system.to(device), text)
 

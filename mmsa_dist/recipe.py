@@ -31,6 +31,7 @@ from mmsa_dist.config import (
     TrainConfig,
 )
 from mmsa_dist.errors import ConfigError
+from mmsa_dist.registry import theirs
 from mmsa_dist.suggest import nearest
 from shards.remote.url import is_url
 
@@ -93,14 +94,15 @@ def recipe_class(system: str) -> type[Recipe]:
     """The recipe type of `system`: `Recipe` with the system's own configuration as ``model``."""
     from mmsa_dist.systems import get_system
 
-    config = get_system(system).Config
-    return create_model(
-        "Recipe",
-        __base__=Recipe,
-        __doc__="The configuration of a run.",
-        system=(tyro.conf.Suppress[str], system),
-        model=(config, config()),
-    )
+    cls = get_system(system)
+    with theirs("system", system, cls, "when its Config was made"):
+        return create_model(
+            "Recipe",
+            __base__=Recipe,
+            __doc__="The configuration of a run.",
+            system=(tyro.conf.Suppress[str], system),
+            model=(cls.Config, cls.Config()),
+        )
 
 
 def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:

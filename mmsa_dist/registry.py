@@ -1,7 +1,8 @@
 """Parts found by name: ours, a third party's by entry point, or any class by ``package.module:Class``."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -9,6 +10,31 @@ from mmsa_dist.errors import ConfigError, MmsaError
 from mmsa_dist.suggest import nearest
 
 Part = TypeVar("Part")
+OURS = __name__.partition(".")[0]
+
+
+@contextmanager
+def theirs(kind: str, name: str, cls: type, when: str) -> Iterator[None]:
+    """Makes a sentence of what a third party's class raises; ours keeps its traceback, as it is ours to mend.
+
+    Args:
+        when: what was done with it, e.g. "when it was built".
+
+    Raises:
+        ConfigError: it raised something.
+    """
+    try:
+        yield
+    except MmsaError:
+        raise
+    except Exception as error:
+        if cls.__module__.partition(".")[0] == OURS:
+            raise
+        raise ConfigError(f"{kind} {name!r} failed {when}: {_told(error)}; MMSA_DEBUG=1 shows where") from error
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class Registry(Generic[Part]):
@@ -71,9 +97,9 @@ class Registry(Generic[Part]):
                     return self._checked(name, point.load())
         except MmsaError:
             raise
-        except Exception as error:  # whatever a third party's module does when it is imported
+        except (Exception, SystemExit) as error:  # whatever a third party's module does when it is imported
             raise ConfigError(
-                f"{self.kind} {name!r} cannot be imported: {error}; wanted package.module:Class"
+                f"{self.kind} {name!r} cannot be imported: {_told(error)}; wanted package.module:Class"
             ) from error
         raise ConfigError(f"unknown {self.kind} {name!r}{nearest(name, self.names())}")
 

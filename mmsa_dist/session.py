@@ -18,7 +18,7 @@ from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import LabelGenerator, configured, get_label_generator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
-from mmsa_dist.systems import DataSpec, System, get_system
+from mmsa_dist.systems import DataSpec, System, make_system
 from mmsa_dist.tracking import Link
 from shards.batch import BatchSpec
 from shards.costs import CostRule
@@ -88,7 +88,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     recipe = settled(recipe, index)
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
-    system = get_system(recipe.system)(recipe.model, spec)
+    system = make_system(recipe.system, recipe.model, spec)
     saved = checkpoint.load_latest(folder / "checkpoints")
     steps = -(-index.splits["train"] // recipe.data.batch_size) * recipe.train.epochs
     generator = label_generator(recipe, index, system, device())

@@ -10,6 +10,7 @@ import tyro
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import packaged, recipe_file, sourced
+from mmsa_dist.registry import theirs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +112,8 @@ def built(cls: "type[System]", config: Strict, data: str) -> "System":
     import torch
 
     torch.manual_seed(0)
-    return cls(config, published_spec(data))
+    with theirs("system", cls.name or cls.__name__, cls, "when it was built"):
+        return cls(config, published_spec(data))
 
 
 def published_spec(data: str) -> "DataSpec":
@@ -147,9 +149,9 @@ def show(name: str, recipe: str | None, mermaid: bool, picture: Path | None) -> 
     if generator.layers is not None:
         system.attach(generator.layers)
         at += f", with what {values.label_generator} learns"
-    parts = anatomy.dissect(system)
+    with theirs("system", name, cls, "in its forward pass"):
+        parts = anatomy.dissect(system)
     if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         anatomy.save_picture(parts, f"{cls.name or name} {at}: {parts.parameters:,} parameters", picture)
         remarks.print(f"drawing in {picture}", soft_wrap=True)
     if mermaid:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmsa_dist.config import LabelConfig, Strict
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.registry import Registry
+from mmsa_dist.registry import Registry, theirs
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
 
@@ -188,7 +188,9 @@ def make_generator(
         label_range,
         torch.device(device),
     )
-    return get_label_generator(name)(config, split)
+    cls = get_label_generator(name)
+    with theirs("label generator", name, cls, "when it was built"):
+        return cls(config, split)
 
 
 def over_nothing(

@@ -1,6 +1,6 @@
 """The systems, one file each, behind one interface, found by name."""
 
-from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, get_system, system, system_names
+from mmsa_dist.systems.base import DataSpec, Losses, Prediction, System, get_system, make_system, system, system_names
 from mmsa_dist.systems.iam import Iam
 from mmsa_dist.systems.mult import MulT
 from mmsa_dist.systems.pmr import PMR
@@ -22,6 +22,7 @@ __all__ = [
     "TamUlag",
     "UfenMtfn",
     "get_system",
+    "make_system",
     "system",
     "system_names",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmsa_dist.config import Strict, TextConfig
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.layers.pooling import zero_absent
-from mmsa_dist.registry import Registry
+from mmsa_dist.registry import Registry, theirs
 from shards.batch import Batch
 from shards.utterance import UNIMODAL_TASK
 
@@ -92,7 +92,7 @@ class System(nn.Module):
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    Config: ClassVar[type[Strict]]
+    Config: ClassVar[type[Strict]] = Strict
     labels: ClassVar[str] = "none"
     """The label generator of the paper."""
     classifies: ClassVar[bool] = False
@@ -192,6 +192,17 @@ def get_system(name: str) -> type[System]:
         ConfigError: no such system; names the nearest.
     """
     return _REGISTRY.get(name)
+
+
+def make_system(name: str, config: Strict, spec: DataSpec) -> System:
+    """Builds the system called `name`.
+
+    Raises:
+        ConfigError: no such system, values that do not fit together, or a third party's that cannot be built.
+    """
+    cls = get_system(name)
+    with theirs("system", name, cls, "when it was built"):
+        return cls(config, spec)
 
 
 def classifying() -> list[str]:
