@@ -12,11 +12,8 @@ import yaml
 
 from mmsa_dist import launch, places, run_folder, session
 from mmsa_dist.checks import check_labels, check_system
-<<<<<<< HEAD
-from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TransientError
-=======
-from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
->>>>>>> d39d3b2 (What third parties' systems and label generators raise is a sentence, and so is a picture that cannot be written)
+from mmsa_dist.diagnosis import diagnose
+from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TrainingError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.ledger import account
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
@@ -261,21 +258,17 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                     training.enter_context(ended(recipe, folder))
                     training.enter_context(Follower(folder, recipe.train.monitor))
                     training.enter_context(launch.attempted(folder, resumed=True))
-<<<<<<< HEAD
                 requests = Requests(folder, rank)
                 requests.listen(driven=False)
-                result = run_rank(folder, recipe, rank, world, requests=requests)
-=======
                 try:
-                    result = run_rank(folder, recipe, rank, world)
+                    result = run_rank(folder, recipe, rank, world, requests=requests)
                 except MmsaError:
                     raise
                 except Exception as error:  # what it was is written down; it may be a peer's
-                    found = launch.diagnose(folder, "")
+                    found = diagnose(folder, "")
                     if isinstance(found, TrainingError):
                         raise found from error
                     raise
->>>>>>> d39d3b2 (What third parties' systems and label generators raise is a sentence, and so is a picture that cannot be written)
         dist.destroy_process_group()
         if rank == 0:
             conclude(recipe, folder, result)
