@@ -31,6 +31,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def begin_writing(descriptor: int, begin: int, size: int) -> None:
+    """Lets the kernel begin to write these bytes onto the disk, so that `os.fsync` finds less to wait for.
+
+    A hint, and no promise: it is Linux's `sync_file_range`, and elsewhere nothing.
+    """
+    write = 2  # SYNC_FILE_RANGE_WRITE
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(size), write)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read once in pieces."""
     with path.open("rb") as file:

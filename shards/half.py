@@ -5,43 +5,63 @@ packing does so, see `worth_torch`).
 """
 
 import sys
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
 _WORTH = 2 * 2**30
-"""Stored bytes from which on converting with NumPy takes longer than importing torch."""
+"""Stored bytes a process from which on converting with NumPy takes longer than importing torch."""
 
 _SERIAL = 32_768
 """Numbers in a piece: torch would start its pool of threads for more, which no forked process survives."""
 
-_EXPONENT = np.uint16(0x7C00)
-"""All bits of the exponent, set in what is not finite; all bits but the sign are no more than that in a number."""
+_INFINITY, _MINUS_INFINITY = 0x7C00, 0xFC00
+"""The bits of both, as an unsigned number; those of a NaN of the same sign are more, those of a number less."""
 
 
-def worth_torch(stored_bytes: int) -> None:
-    """Imports torch where so much is to be stored that it saves time."""
-    if stored_bytes > _WORTH:
+def worth_torch(stored_bytes: int, workers: int = 1) -> None:
+    """Imports torch where so much is to be stored that it saves time: workers share the converting, not the import."""
+    if stored_bytes > workers * _WORTH:
         import torch  # noqa: F401
 
 
-def to_float16(values: np.ndarray) -> np.ndarray:
-    """`values` of any shape as float16, contiguous; what is too large for it becomes infinite."""
-    if "torch" not in sys.modules or values.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(values, dtype=np.float16)
+def to_float16(*arrays: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    """The arrays, of any shapes, as float16, contiguous; what is too large for it becomes infinite.
+
+    Returns:
+        They, and whether every value is finite; then so is every value of `arrays`.
+    """
+    out = np.empty(sum([array.size for array in arrays]), np.float16)
+    by_torch = _by_torch() if "torch" in sys.modules else None
+    halves, end = [], 0
+    for array in arrays:
+        begin, end = end, end + array.size
+        halves.append(out[begin:end].reshape(array.shape))
+        if by_torch and array.dtype == np.float32:
+            by_torch(array.reshape(-1), out[begin:end])
+        else:
+            with np.errstate(over="ignore"):
+                halves[-1][...] = array
+    return halves, _all_finite(out)
+
+
+@cache
+def _by_torch() -> Callable[[np.ndarray, np.ndarray], None]:
     from torch import from_numpy
 
-    out = np.empty(values.shape, np.float16)
-    flat_in, flat_out = np.ascontiguousarray(values).reshape(-1), from_numpy(out.reshape(-1))
-    for begin in range(0, flat_in.size, _SERIAL):
-        piece = flat_in[begin : begin + _SERIAL]
-        if not piece.flags.writeable:  # of a mapped file; torch warns of those
-            piece = piece.copy()
-        flat_out[begin : begin + _SERIAL].copy_(from_numpy(piece))
-    return out
+    def convert(values: np.ndarray, out: np.ndarray) -> None:
+        if not values.flags.writeable:  # of a mapped file; torch warns of those
+            values = values.copy()
+        for begin in range(0, len(values), _SERIAL):
+            end = begin + _SERIAL
+            from_numpy(out[begin:end]).copy_(from_numpy(values[begin:end]))
+
+    return convert
 
 
-def all_finite(halves: np.ndarray) -> bool:
-    """Whether no value of a contiguous float16 array is infinite or NaN; of none, it is true."""
-    magnitude = halves.view(np.uint16) & np.uint16(0x7FFF)
-    return bool(magnitude.max(initial=0) < _EXPONENT)
+def _all_finite(halves: np.ndarray) -> bool:
+    """Whether no number of a contiguous array is infinite or NaN; of none, it is true."""
+    largest = np.maximum.reduce(halves.view(np.int16), initial=0)
+    least = np.maximum.reduce(halves.view(np.uint16), initial=0)
+    return bool(largest < _INFINITY and least < _MINUS_INFINITY)

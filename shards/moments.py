@@ -33,7 +33,8 @@ class Moments:
     def add(self, array: np.ndarray) -> None:
         """Takes the T rows of `array` (T, D) in."""
         rows = array.astype(np.float64)
-        mean = np.einsum("td->d", rows) / len(rows)
+        mean = np.einsum("td->d", rows)
+        mean /= len(rows)
         rows -= mean
         self._join(len(rows), mean, np.einsum("td,td->d", rows, rows))
 
@@ -49,6 +50,10 @@ class Moments:
     def _join(self, rows: int, mean: np.ndarray, squares: np.ndarray) -> None:
         total = self.count + rows
         difference = mean - self._mean
-        self._squares += squares + difference**2 * (self.count * rows / total)
-        self._mean += difference * (rows / total)
+        between = difference * difference
+        between *= self.count * rows / total
+        between += squares
+        self._squares += between
+        difference *= rows / total
+        self._mean += difference
         self.count = total

@@ -6,6 +6,7 @@ two packings (times, owners, modes) is fixed, so the same samples give the same 
 
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -15,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import quote, unquote
 
 import numpy as np
 
 from shards.errors import DataError
-from shards.files import sync_folder
+from shards.files import begin_writing, sync_folder
 from shards.index import Shard
 from shards.tables import table_bytes, table_schema
 from shards.utterance import MODALITIES, Utterance
@@ -31,6 +32,9 @@ JSON, TENSORS = ".json", ".safetensors"
 
 _PLAIN = re.compile(r"[A-Za-z0-9_$-]+")
 """A key that is its own member name."""
+
+_AHEAD = 8 * 2**20
+"""Bytes after which the disk is set to work: it writes while the next samples are made ready."""
 
 
 def escape_key(key: str) -> str:
@@ -55,8 +59,7 @@ def unescape_key(name: str) -> str:
     return unquote(name, errors="strict")
 
 
-@dataclass(frozen=True, slots=True)
-class Members:
+class Members(NamedTuple):
     """A sample as it stands in the tar: both members with their headers and padding, joined.
 
     Attributes:
@@ -79,13 +82,12 @@ class Members:
         if utterance.raw_text is not None:
             described["raw_text"] = utterance.raw_text
         text = _JSON.encode(described).encode()
-        arrays = dict(utterance.modalities)
+        arrays = utterance.modalities
         if utterance.tokens is not None:
-            arrays["tokens"] = utterance.tokens
-        tensors = safetensors(arrays)
-        size = sum(map(len, tensors))
+            arrays = {**arrays, "tokens": utterance.tokens}
+        tensors, size = safetensors(arrays)
         header = _header(name + JSON, len(text))
-        before = header + text + _padding(len(text)) + _header(name + TENSORS, size)
+        before = b"".join([header, text, _padding(len(text)), _header(name + TENSORS, size)])
         data = b"".join([before, *tensors, _padding(size)])
         return cls(data, len(header), len(text), len(before), size)
 
@@ -102,34 +104,33 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, stem: str, split: str, tasks: tuple[str, ...]) -> None:
-        self.bytes = 0
+        self.bytes = self._begun = 0
         self._folder, self._stem, self._split, self._tasks = folder, stem, split, tasks
         self._hash = hashlib.sha256()
-        self._columns: dict[str, list[Any]] = {name: [] for name in table_schema(tasks).names}
+        self._rows: list[tuple[Any, ...]] = []
         self._file = (folder / f"{stem}.tar{_unfinished()}").open("wb")
 
     @property
     def samples(self) -> int:
-        return len(self._columns["key"])
+        return len(self._rows)
 
     def add(self, utterance: Utterance) -> None:
         """Appends a sample; `utterance.modalities` are stored in the dtype they have."""
-        members = Members.of(utterance, self._tasks)
-        lengths = {name: len(array) for name, array in utterance.modalities.items()}
-        row = {
-            "key": utterance.key,
-            "offset": self.bytes + members.offset,
-            "size": members.size,
-            "json_offset": self.bytes + members.json_offset,
-            "json_size": members.json_size,
-            "split": utterance.split,
-            **{f"length_{m}": lengths.get(m, 0) for m in MODALITIES},
-            "n_tokens": 0 if utterance.tokens is None else len(utterance.tokens),
-            **{f"label_{task}": utterance.labels.get(task, float("nan")) for task in self._tasks},
-        }
-        self._write(members.data)
-        for column, value in row.items():
-            self._columns[column].append(value)
+        data, json_offset, json_size, offset, size = Members.of(utterance, self._tasks)
+        modalities, labels, tokens = utterance.modalities, utterance.labels, utterance.tokens
+        row = (
+            utterance.key,
+            self.bytes + offset,
+            size,
+            self.bytes + json_offset,
+            json_size,
+            utterance.split,
+            *[len(modalities[m]) if m in modalities else 0 for m in MODALITIES],
+            0 if tokens is None else len(tokens),
+            *[labels.get(task, math.nan) for task in self._tasks],
+        )
+        self._write(data)
+        self._rows.append(row)
 
     def close(self) -> Shard:
         """Ends the tar, writes the table, both onto the disk."""
@@ -137,7 +138,8 @@ class ShardWriter:
         self._write(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE))
         tar, table = self._folder / f"{self._stem}.tar", self._folder / f"{self._stem}.arrow"
         _finish(self._file, tar)
-        columns = table_bytes(self._columns, table_schema(self._tasks))
+        schema = table_schema(self._tasks)
+        columns = table_bytes(dict(zip(schema.names, zip(*self._rows, strict=True), strict=True)), schema)
         with (self._folder / f"{self._stem}.arrow{_unfinished()}").open("wb") as file:
             file.write(columns)
             _finish(file, table)
@@ -163,18 +165,21 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         self.bytes += len(data)
+        if self.bytes - self._begun >= _AHEAD:
+            begin_writing(self._file.fileno(), self._begun, self.bytes - self._begun)
+            self._begun = self.bytes
 
 
-def safetensors(arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
+def safetensors(arrays: dict[str, np.ndarray]) -> tuple[list[bytes | memoryview], int]:
     """The arrays as one safetensors file, byte for byte what `safetensors.numpy.save` gives, but without its copies.
 
     Args:
         arrays: name (plain letters) -> array of float32, float16 or int32.
 
     Returns:
-        Pieces to be joined.
+        Pieces to be joined, and how many bytes they are.
     """
-    header = Header.of((name, CODES[array.dtype], array.shape[1:]) for name, array in arrays.items())
+    header = Header.of([(name, CODES[array.dtype], array.shape[1:]) for name, array in arrays.items()])
     ordered = [np.ascontiguousarray(arrays[name]) for name in header.names]
     numbers: list[int] = []
     begin = 0
@@ -182,7 +187,8 @@ def safetensors(arrays: dict[str, np.ndarray]) -> list[bytes | memoryview]:
         end = begin + array.nbytes
         numbers += (len(array), begin, end)
         begin = end
-    return [header.filled(numbers), *(array.reshape(-1).view(np.uint8).data for array in ordered)]
+    told = header.filled(numbers)
+    return [told, *(array.data for array in ordered)], len(told) + begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,4 +275,4 @@ def _finish(file: BinaryIO, path: Path) -> None:
 
 def _short(label: float) -> float | None:
     """The label as stored (float32) in its shortest spelling: 2.4, not 2.4000000953674316; None for a missing one."""
-    return None if np.isnan(label) else float(str(np.float32(label)))
+    return None if math.isnan(label) else float(str(np.float32(label)))

@@ -124,9 +124,9 @@ class _Packing:
             from shards.packing.on_ray import OnRay
 
             return OnRay(self.job, folder, ray, self.division.bytes)
-        worth_torch(self.division.bytes)
         write = partial(make, self.job.source, self.job.dtype, folder)
         number = chosen(workers, len(self.division.pieces), self.division.bytes)
+        worth_torch(self.division.bytes, number)
         return Processes(write, number) if number > 1 else Here(write)
 
     def write(self, folder: Path, crew: Crew, show: Show) -> None:

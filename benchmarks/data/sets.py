@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from benchmarks.data.foreign import streaming
 from shards.half import to_float16
@@ -72,6 +71,8 @@ def write_two(source: Resident, out: Path, shard_bytes: int) -> None:
 
 def write_npy(source: Resident, out: Path, shard_bytes: int) -> None:
     """What the webdataset manual shows: one .npy member a modality."""
+    import webdataset  # which imports torch
+
     for split in SPLITS:
         (out / split).mkdir(parents=True)
         with webdataset.ShardWriter(str(out / split / "%05d.tar"), maxsize=shard_bytes, verbose=0) as sink:
@@ -154,8 +155,8 @@ def write_bytes(source: Resident, out: Path, shard_bytes: int, first: int = 0, e
         digest, size = hashlib.sha256(), 0
         with (out / f"{shard:05d}").open("wb") as file:
             for u in utterances:
-                for array in u.modalities.values():
-                    data = to_float16(array).data.cast("B")
+                for half in to_float16(*u.modalities.values())[0]:
+                    data = half.data.cast("B")
                     digest.update(data)
                     size += file.write(data)
                 if size >= shard_bytes:

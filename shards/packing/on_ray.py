@@ -64,9 +64,11 @@ class OnRay:
             raise ConfigError(
                 f"{self._job.source.where} cannot be sent to other machines ({_line(error)}); leave --ray out"
             ) from error
-        order = _Order([source], self._job.source.where, self._job.dtype, self._folder, self._stored_bytes)
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        each = self._stored_bytes // min(cores, max(1, len(pieces)))
+        order = _Order([source], self._job.source.where, self._job.dtype, self._folder, each)
         task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_task)
-        most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        most = 2 * cores
         waiting = iter(pieces)
         busy = self._busy
         results = InOrder()
@@ -94,7 +96,7 @@ class _Order:
         source: a list of the one reference to it: bare, Ray would unpack the source for each task anew.
         where: the input, as messages name it.
         dtype, folder: as of `OnRay`.
-        stored_bytes: about how much is to be written in all.
+        stored_bytes: about how much each of Ray's processes is to write.
     """
 
     source: list[Any]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shards.errors import DataError
-from shards.half import all_finite, to_float16
+from shards.half import to_float16
 from shards.moments import Moments
 from shards.sources import Source
 from shards.sources.clean import Cleaner
@@ -40,14 +40,19 @@ class Tally:
         Raises:
             DataError: it is not as it should be, or has a value beyond the dtype.
         """
-        utterance = self.cleaner.clean(utterance)
-        self.remarks.update(utterance.remarks)
+        halves: dict[str, np.ndarray] = {}
+        if dtype == "float16":  # what can be stored is finite: one look at half the bytes, and mostly the only one
+            converted, finite = to_float16(*utterance.modalities.values())
+            halves = dict(zip(utterance.modalities, converted, strict=True)) if finite else {}
+        utterance = self.cleaner.clean(utterance, finite=bool(halves))
+        if utterance.remarks:
+            self.remarks.update(utterance.remarks)
         stored: dict[str, np.ndarray] = {}
         for modality, values in utterance.modalities.items():
             self.longest[modality] = max(self.longest[modality], len(values))
             if utterance.split == "train":
                 self.moments[modality].add(values)
-            stored[modality] = self._stored(modality, values, dtype, utterance)
+            stored[modality] = halves[modality] if halves else self._stored(modality, values, dtype, utterance)
         return replace(utterance, modalities=stored)
 
     def merge(self, record: "Record") -> None:
@@ -69,8 +74,7 @@ class Tally:
 
     def _stored(self, modality: str, values: np.ndarray, dtype: str, utterance: Utterance) -> np.ndarray:
         if dtype == "float16":
-            stored = to_float16(values)
-            fits = all_finite(stored)
+            (stored,), fits = to_float16(values)
         else:
             with np.errstate(over="ignore"):
                 stored = values.astype(dtype, copy=False)

@@ -35,8 +35,11 @@ class Cleaner:
         self.present: Counter[str] = Counter()
         self.absent: Counter[str] = Counter()
 
-    def clean(self, utterance: Utterance) -> Utterance:
+    def clean(self, utterance: Utterance, finite: bool = False) -> Utterance:
         """The sample as it may be stored.
+
+        Args:
+            finite: every value is known to be.
 
         Raises:
             DataError: wrong shape, label out of range, no valid unicode, or nothing in it; names file, split, id and
@@ -45,7 +48,7 @@ class Cleaner:
         self._check_unicode(utterance)
         modalities: dict[str, np.ndarray] = {}
         for name, width in self._source.widths.items():
-            array = self._values(name, utterance.modalities.get(name), width, utterance)
+            array = self._values(name, utterance.modalities.get(name), width, utterance, finite)
             if array is None:
                 self.absent[name] += 1
             else:
@@ -94,13 +97,14 @@ class Cleaner:
     def _at(self, utterance: Utterance) -> str:
         return f"{self._source.where}: {utterance.split}, id {utterance.key!r}"
 
-    def _values(self, name: str, array: np.ndarray | None, width: int, utterance: Utterance) -> np.ndarray | None:
+    def _values(
+        self, name: str, array: np.ndarray | None, width: int, utterance: Utterance, known: bool
+    ) -> np.ndarray | None:
         if array is None or not array.size:
             return None
         if array.ndim != 2 or array.shape[1] != width:
             raise DataError(f"{self._at(utterance)}: {name} has shape {array.shape}, expected (steps, {width})")
-        finite = np.isfinite(array)
-        if finite.all():
+        if known or (finite := np.isfinite(array)).all():
             return array
         self.non_finite[name] += int(array.size - np.count_nonzero(finite))
         # zeros would pretend to be measured: a sample with no finite value lacks the modality

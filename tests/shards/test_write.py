@@ -1,6 +1,7 @@
 """Packing: standard WebDataset tars, byte for byte the same each time, a folder that is there whole or not at all."""
 
 import json
+import subprocess
 import sys
 import tarfile
 import tracemalloc
@@ -19,7 +20,7 @@ from webdataset.tariterators import base_plus_ext
 
 from shards.errors import ConfigError, DataError
 from shards.files import exchange, sha256_of, write_atomic
-from shards.half import all_finite, to_float16
+from shards.half import _SERIAL, to_float16
 from shards.index import Index
 from shards.moments import Moments
 from shards.read import ShardReader
@@ -29,6 +30,7 @@ from shards.utterance import MODALITIES, SPLITS, Utterance
 from shards.write import pack
 from tests.shards.made import WIDTHS, Samples, packed, utterances
 
+ROOT = Path(__file__).parents[2]
 COUNTS = {"train": 30, "valid": 7, "test": 8}
 
 
@@ -160,9 +162,11 @@ def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
 )
 def test_arrays_are_as_safetensors_writes_them(shapes: dict[str, tuple[int, int, type]]) -> None:
     made = {name: np.arange(t * d).astype(dtype).reshape(t, d) for name, (t, d, dtype) in shapes.items()}
-    assert b"".join(safetensors(made)) == save_tensors(made)
     turned = {name: np.asfortranarray(array) for name, array in made.items()}
-    assert b"".join(safetensors(turned)) == save_tensors(made)
+    for given_as in (made, turned):
+        pieces, size = safetensors(given_as)
+        joined = b"".join(pieces)
+        assert joined == save_tensors(made) and size == len(joined)
 
 
 def test_half_precision_is_the_same_by_torch_and_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,13 +180,45 @@ def test_half_precision_is_the_same_by_torch_and_by_numpy(monkeypatch: pytest.Mo
     values = values[np.isfinite(values).all(axis=1)]
     import torch  # noqa: F401
 
-    by_torch = to_float16(values)
+    def bits(array: np.ndarray) -> np.ndarray:
+        return to_float16(array)[0][0].view(np.uint16)
+
+    by_torch = bits(values)
     values.flags.writeable = False
-    np.testing.assert_array_equal(by_torch.view(np.uint16), to_float16(values).view(np.uint16))
+    np.testing.assert_array_equal(by_torch, bits(values))
     monkeypatch.delitem(sys.modules, "torch")
-    np.testing.assert_array_equal(by_torch.view(np.uint16), to_float16(values).view(np.uint16))
-    assert not all_finite(by_torch) and all_finite(by_torch[np.isfinite(by_torch)])
-    assert all_finite(np.zeros((0, 3), np.float16))
+    np.testing.assert_array_equal(by_torch, bits(values))
+
+
+@pytest.mark.parametrize("way", ["torch", "numpy"])
+def test_arrays_of_any_kind_become_float16_together(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch  # noqa: F401
+
+    if way == "numpy":
+        monkeypatch.delitem(sys.modules, "torch")
+    rng = np.random.default_rng(0)
+    plain = rng.standard_normal((3 * _SERIAL // 4, 3), dtype=np.float32)
+    given = [
+        plain,
+        np.asfortranarray(plain[:7]),
+        plain[:1][::-1],
+        plain[9::-2],
+        plain.astype(np.float64),
+        plain[:5].astype(">f4"),
+        (10 * plain[:5]).astype(np.int64),
+        np.zeros((0, 3), np.float32),
+    ]
+    halves, finite = to_float16(*given)
+    assert finite and all(half.flags.c_contiguous for half in halves)
+    for half, array in zip(halves, given, strict=True):
+        np.testing.assert_array_equal(half, array.astype(np.float16), strict=True)
+    assert to_float16() == ([], True)
+    for value in (np.inf, -np.inf, np.nan, -np.nan, 65_520, -65_520):
+        spoilt = plain[:5].copy()
+        spoilt[3, 1] = value
+        assert not to_float16(plain, spoilt, plain[:2])[1]
+    largest = np.full((2, 2), np.finfo(np.float16).max, np.float32)
+    assert to_float16(largest, -largest)[1]
 
 
 # --- keys
@@ -358,6 +394,16 @@ def test_an_atomic_write_that_fails_leaves_the_old(tmp_path: Path) -> None:
 
 
 # --- names, and cost
+
+
+def test_packing_imports_neither_pandas_nor_torch(tmp_path: Path) -> None:
+    """Half a second and more of each process."""
+    code = (
+        "import sys; from pathlib import Path; from shards.sources.generated import GeneratedSource\n"
+        "from shards.write import pack; pack(GeneratedSource('mosi', 9), Path(sys.argv[1]))\n"
+        "assert not {'pandas', 'torch'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "set")], cwd=ROOT, check=True, timeout=120)
 
 
 def test_generated_data_is_called_synthetic_whatever_its_name(tmp_path: Path) -> None:
