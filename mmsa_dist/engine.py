@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmsa_dist import portable
+from mmsa_dist import out_of_memory, portable
 from mmsa_dist.config import EngineConfig, OptimConfig
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.systems.base import GROUPS, Losses, Prediction, System
@@ -126,6 +126,7 @@ class Engine:
         self.dtype = DTYPES[config.precision]
         self.factor = schedule(optim, total_steps)
         self.accumulation = optim.accumulation
+        self.held = out_of_memory.Held(optim, config, system.spec.text, self.device)
         if state is not None:  # before initialize, which copies the weights into its partitions
             portable.load_module(system, state.weights)
         groups = parameter_groups(system, optim)
@@ -150,8 +151,13 @@ class Engine:
                 the loss, in the all-reduce that there is anyway.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite on some rank; no rank has stepped.
+            TrainingError: the loss or the gradient is not finite on some rank, and no rank has stepped; or memory ran
+                out on this one.
         """
+        with out_of_memory.explained(self.held, batches, f"step {self.steps + 1}"):
+            return self._step(batches, loss_of)
+
+    def _step(self, batches: Sequence[Batch], loss_of: LossOf) -> Step:
         self.engine.train()
         lr = self._set_learning_rates()
         total: Tensor | None = None
@@ -159,8 +165,7 @@ class Engine:
         names: list[str] = []
         means = self._rehearse(batches, loss_of) if self.system.weighs_terms and len(batches) > 1 else None
         for i, batch in enumerate(batches):
-            prediction = self._forward(batch)
-            losses = self._within_step(loss_of(prediction, batch), means)
+            prediction, losses = self._losses(batch, loss_of, means)
             names = list(losses.parts)
             row = torch.stack([losses.total.detach(), *losses.parts.values()]).float()
             total = row if total is None else total + row
@@ -185,6 +190,37 @@ class Engine:
         self.steps += 1
         return Step(values[0], parts, lr, norm, predictions, asked)
 
+    def dry_step(self, batches: Sequence[Batch], loss_of: LossOf) -> None:
+        """Forward and backward of a step that is not taken: it needs the step's memory, and leaves nothing behind.
+
+        Raises:
+            TrainingError: memory ran out on this rank.
+        """
+        self.engine.train()
+        buffers = [(buffer, buffer.clone()) for buffer in self.system.buffers()]
+        with out_of_memory.explained(self.held, batches, "dry run of the largest batch, before the first step"):
+            moments = self._room_for_moments()
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                means = self._rehearse(batches, loss_of) if self.system.weighs_terms and len(batches) > 1 else None
+                predictions = []  # a step keeps them
+                for i, batch in enumerate(batches):
+                    self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+                    prediction, losses = self._losses(batch, loss_of, means)
+                    predictions.append(prediction)
+                    self.engine.backward(losses.total)
+            del moments
+        portable.forget_gradients(self.engine, self.stage)
+        with torch.no_grad():
+            for buffer, before in buffers:  # running statistics, say
+                buffer.copy_(before)
+
+    def _room_for_moments(self) -> Tensor | None:
+        """What a GPU will hold of Adam's moments after the first step, which makes them; None where it has them."""
+        if self.device.type != "cuda" or self.steps or self.held.engine.offload == "optimizer":
+            return None
+        own = count_parameters(self.system)[1] // (dist.get_world_size() if self.stage else 1)
+        return torch.empty(8 * own, dtype=torch.uint8, device=self.device)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
         """The system's answer without dropout; every rank must call it equally often."""
@@ -206,6 +242,10 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's hooks; ZeRO-3 may abort at exit otherwise."""
         self.engine.destroy()
+
+    def _losses(self, batch: Batch, loss_of: LossOf, means: Tensor | None) -> tuple[Prediction, Losses]:
+        prediction = self._forward(batch)
+        return prediction, self._within_step(loss_of(prediction, batch), means)
 
     def _forward(self, batch: Batch) -> Prediction:
         batch = batch.to(self.device)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mmsa_dist import run_folder
 
 NAMES = {
-    "start": "until the loop begins: processes, imports, data set, system, engine",
+    "start": "until the loop begins: processes, imports, data set, system, engine, dry run",
     "data": "waiting for a batch",
     "step": "optimizer steps",
     "evaluation": "the validation split after each epoch, and all splits at the end",

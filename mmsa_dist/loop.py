@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mmsa_dist import checkpoint, metrics, run_folder
+from mmsa_dist.dry import dry_run
 from mmsa_dist.errors import StoppedError, TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.ledger import Ledger
@@ -58,6 +59,7 @@ def fit(
         StoppedError: the run was asked to end; all ranks have saved.
     """
     requests = requests or Requests(session.folder, session.rank)
+    dry_run(session, events)
     with ledger.under("other"), Saver(session, events, ledger) as saver:
         return train(session, events, tracker, report, ledger, saver, requests)
 

@@ -15,6 +15,8 @@ from mmsa_dist.errors import DataError
 from mmsa_dist.systems.base import System
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+INITIAL_MICRO_STEP_ID = -1
+"""Where ZeRO 1 and 2 count micro-batches from."""
 
 
 @dataclass
@@ -142,6 +144,31 @@ def replace_weights(system: System, stage: int, weights: dict[str, Tensor]) -> N
                 parameter.data.copy_(weights[name])
         for name, buffer in _persistent_buffers(system).items():
             buffer.copy_(weights[name])
+
+
+def forget_gradients(engine: Any, stage: int) -> None:
+    """As if the last backward pass had not been: its gradients are gone, and the next one is the first of a step.
+
+    DeepSpeed does the same in a step that it skips, where it counts that step and changes the loss scale too.
+    """
+    engine._is_gradient_accumulation_boundary = None  # its own counter of micro-batches tells again
+    engine.zero_grad()
+    if stage == 0:
+        return
+    zero = engine.optimizer
+    zero.zero_grad(set_to_none=True)
+    if stage == 3:
+        zero._pre_step()
+        zero.reset_cpu_buffers()
+        return
+    zero.micro_step_id = INITIAL_MICRO_STEP_ID
+    zero._release_preflattened_grad_buffers()
+    for group in zero.averaged_gradients:
+        zero.averaged_gradients[group] = None
+        zero.all_grad_tensors[group] = None
+    if zero.cpu_offload:
+        zero.reset_cpu_buffers()
+        zero._offload_accumulated_param_ids = set()
 
 
 def _own_part(whole: Tensor, parameter: Tensor) -> Tensor:

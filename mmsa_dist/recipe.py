@@ -39,7 +39,7 @@ PACKAGED = Path(__file__).parent / "recipes"
 
 RESUMABLE = (
     "launch.", "tracking.", "checkpoint.", "engine.zero", "engine.offload", "data.readers", "data.path",
-    "data.eval_batch_size", "labels.divide_above", "text.gradient_checkpointing",
+    "data.eval_batch_size", "labels.divide_above", "text.gradient_checkpointing", "train.dry_run",
 )  # fmt: skip
 """What may differ when a run is resumed: none of it changes a result."""
 

@@ -83,6 +83,14 @@ class Loader(Closing):
                 reach((step + 1) * plan.global_batch)
                 yield list(islice(batches, accumulation))
 
+    def step(self, plan: Plan, step: int, rank: int, world: int, accumulation: int = 1) -> list[Batch]:
+        """The rank's micro-batches of one step, made now and here.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        return [self._batch(piece) for piece in share(plan.step(step), rank, world, accumulation)]
+
     def evaluate(self, plan: EvaluationPlan, rank: int, world: int) -> Iterator[Batch]:
         """The rank's batches of an evaluation; see `EvaluationPlan.batches_for`."""
         with (

@@ -22,6 +22,7 @@ from shards.index import Index
 from tests.data import packed
 from tests.mmsa_dist.batches import WIDTHS, build, ragged, rows, targets_of
 from tests.mmsa_dist.encoders import ARCHITECTURES, WORDS, spec_of
+from tests.mmsa_dist.zero3 import as_if_large
 
 Encoders = Callable[..., Path]
 
@@ -114,24 +115,14 @@ OPTIM = OptimConfig(lr=GroupValues(text=1e-3, audio=1e-3, vision=1e-3, rest=1e-3
 
 def losses(encoder: Path, stage: int, checkpointed: bool) -> list[float]:
     """Of five steps of two micro-batches with dropout; at stage 3 nothing stays gathered but what is at work."""
-    from mmsa_dist import engine as engines
+    from mmsa_dist.engine import Engine
 
     rank, world = dist.get_rank(), dist.get_world_size()
     size = SIZE // world // 2
     built = build(SelfMM, spec_of(encoder, tuple(WIDTHS), gradient_checkpointing=checkpointed))
     assert any(getattr(m, "gradient_checkpointing", False) for m in built.modules()) == checkpointed
-    own, none_stays = engines._deepspeed_config, {"param_persistence_threshold": 0, "max_reuse_distance": 0}
-
-    def config(*arguments: Any) -> dict[str, Any]:
-        values = own(*arguments)
-        values["zero_optimization"] |= {f"stage3_{name}": value for name, value in none_stays.items()}
-        return values
-
-    engines._deepspeed_config = config
-    try:
-        engine = engines.Engine(built, OPTIM, EngineConfig(zero=stage), micro_batch=size, total_steps=100)  # type: ignore[arg-type]
-    finally:
-        engines._deepspeed_config = own
+    with as_if_large():
+        engine = Engine(built, OPTIM, EngineConfig(zero=stage), micro_batch=size, total_steps=100)  # type: ignore[arg-type]
     found = []
     for step in range(5):
         whole = ragged(size=SIZE, seed=step, vocabulary=len(WORDS), absent={"text": [1]})

@@ -142,6 +142,16 @@ def rows(batch: Batch) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(batch.lengths["text"], batch.lengths["audio"], batch.present["audio"], batch.weight, strict=True)
 
 
+def test_one_step_alone_is_the_epochs(index: Index) -> None:
+    plan = training_plan(index, "train", 3, 1, 8)
+    with make_loader(index, 1) as loader:
+        for step, batches in enumerate(loader.train(plan, 1, 2, 2)):
+            alone = loader.step(plan, step, 1, 2, 2)
+            assert len(alone) == len(batches) == 2
+            for one, other in zip(alone, batches, strict=True):
+                assert_equal(one, other)
+
+
 @pytest.mark.parametrize("readers", [1, 2, 3, 4])
 def test_readers_do_not_change_a_batch(index: Index, readers: int) -> None:
     plan = training_plan(index, "train", seed=1, epoch=2, global_batch=9, window=3)
