@@ -155,9 +155,9 @@ class Engine:
                 out on this one.
         """
         with out_of_memory.explained(self.held, batches, f"step {self.steps + 1}"):
-            return self._step(batches, loss_of)
+            return self._step(batches, loss_of, asks)
 
-    def _step(self, batches: Sequence[Batch], loss_of: LossOf) -> Step:
+    def _step(self, batches: Sequence[Batch], loss_of: LossOf, asks: Sequence[bool]) -> Step:
         self.engine.train()
         lr = self._set_learning_rates()
         total: Tensor | None = None
