@@ -61,9 +61,9 @@ def sentence(held: Held, batches: Sequence[Batch], where: str) -> str:
     steps = ", ".join(f"{count} of {name}" for name, count in longest.items())
     ranks = counted(dist.get_world_size(), "rank")
     return (
-        f"{where}: out of memory at {peak(held.device)}; a micro-batch of {counted(samples, 'sample')} (steps: "
-        f"{steps}), ZeRO {engine.zero}, {engine.precision}, {ranks}. {activations(held, samples)}, or {states(held)}; mmsa-dist "
-        "plan shows what a rank must hold"
+        f"{where}: out of memory at {peak(held.device)}; a micro-batch of {counted(samples, 'sample')} "
+        f"(steps: {steps}), ZeRO {engine.zero}, {engine.precision}, {ranks}. {activations(held, samples)}, or "
+        f"{states(held)}; mmsa-dist plan shows what a rank must hold"
     )
 
 
