@@ -32,6 +32,7 @@ The most used values:
   --batch-size N       samples per step over all ranks
   --text.encoder PATH  read transcripts through a Hugging Face encoder: a local folder or a hub name
   --optim.lr.text X    learning rates per group: text, audio, vision, rest
+  --profile N          trace N steps of each rank, for Perfetto
   --register NAME      name in the model registry (default: the system's; `none` registers nothing)
   --alias champion     move this alias to the new version
   --tracking-uri URI   MLflow server (default: MLFLOW_TRACKING_URI, else a sqlite file beside the runs)

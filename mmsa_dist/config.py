@@ -162,6 +162,9 @@ class TrainConfig(Strict):
     """Validation metric that chooses the best epoch. auto: mae; where labels are classes the loss, a cross-entropy."""
     test: bool = True
     """Read the test split, once, with the best epoch's weights, at the very end."""
+    profile: Annotated[int, tyro.conf.arg(aliases=["--profile"])] = Field(default=0, ge=0)
+    """Steps that each rank traces, after three that warm up, into the run's profile/rank-*.json, for Perfetto. The
+    run goes on. Does not change any result."""
     dry_run: bool = True
     """Before the first step take the epoch's largest batch forward and backward, without learning from it: what does
     not fit stops at once. Does not change any result."""

@@ -16,6 +16,7 @@ from mmsa_dist.errors import StoppedError, TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.mirror import link_or_copy
+from mmsa_dist.profiling import Profile, profiled
 from mmsa_dist.run_folder import Events
 from mmsa_dist.saving import Saver
 from mmsa_dist.session import Session, left_out
@@ -45,6 +46,19 @@ class Progress:
     stale: int = 0
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What goes along with training, and changes none of its results."""
+
+    events: Events
+    tracker: Tracker
+    report: Report
+    ledger: Ledger
+    requests: Requests
+    saver: Saver
+    profile: Profile
+
+
 def fit(
     session: Session,
     events: Events,
@@ -60,20 +74,18 @@ def fit(
     """
     requests = requests or Requests(session.folder, session.rank)
     dry_run(session, events)
-    with ledger.under("other"), Saver(session, events, ledger) as saver:
-        return train(session, events, tracker, report, ledger, saver, requests)
+    recipe = session.recipe
+    with (
+        ledger.under("other"),
+        Saver(session, events, ledger) as saver,
+        profiled(session.folder, session.rank, recipe.train.profile, events) as profile,
+    ):
+        return train(session, Hooks(events, tracker, report, ledger, requests, saver, profile))
 
 
-def train(
-    session: Session,
-    events: Events,
-    tracker: Tracker,
-    report: Report,
-    ledger: Ledger,
-    saver: Saver,
-    requests: Requests,
-) -> dict[str, Any]:
+def train(session: Session, hooks: Hooks) -> dict[str, Any]:
     recipe, engine, generator = session.recipe, session.engine, session.generator
+    events, ledger, saver = hooks.events, hooks.ledger, hooks.saver
     state = Progress(**session.progress)
     began = time.monotonic()
 
@@ -84,9 +96,10 @@ def train(
             with ledger.under("step"):
                 seed_step(recipe.seed, engine.steps, session.rank)
                 batches = [batch.to(engine.device) for batch in batches]
-                asks = (saver.due(), requests.come())
+                asks = (saver.due(), hooks.requests.come())
                 done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)), asks)
                 generator.observe(state.epoch, batches, done.predictions)
+            hooks.profile.step()
             state.step_in_epoch += 1
             state.loss_sum += done.loss
             events.step(state.epoch, state.step_in_epoch, plan.num_steps, done.loss)
@@ -97,7 +110,7 @@ def train(
             if (save or stop) and state.step_in_epoch < plan.num_steps:
                 saver.save(state)
                 if stop:
-                    raise stopped(session, saver, requests, events)
+                    raise stopped(session, hooks)
         generator.end_epoch()
         another = state.epoch < recipe.train.epochs and state.stale + 1 < recipe.train.patience  # whatever comes out
         ahead = read_epoch(session, state.epoch + 1) if another else None
@@ -114,22 +127,23 @@ def train(
             "best_epoch": state.best_epoch, "seconds": time.monotonic() - began,
         }  # fmt: skip
         events.write("epoch", **summary)
-        tracker.epoch(flat(summary), engine.steps)
+        hooks.tracker.epoch(flat(summary), engine.steps)
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
         saver.save(state)
-        report(flat(summary))
-        if another and engine.agree(requests.come()):
-            raise stopped(session, saver, requests, events)
+        hooks.report(flat(summary))
+        if another and engine.agree(hooks.requests.come()):
+            raise stopped(session, hooks)
     saver.wait()
+    hooks.profile.close()
     return finish(session, state, events, ledger)
 
 
-def stopped(session: Session, saver: Saver, requests: Requests, events: Events) -> StoppedError:
+def stopped(session: Session, hooks: Hooks) -> StoppedError:
     """What to raise once the last checkpoint is on the disk; no rank leaves before that."""
-    saver.wait()
+    hooks.saver.wait()
     dist.barrier()
-    events.write("stopped", step=session.engine.steps)
-    return requests.stopped(session.engine.steps)
+    hooks.events.write("stopped", step=session.engine.steps)
+    return hooks.requests.stopped(session.engine.steps)
 
 
 def read_epoch(session: Session, epoch: int, start_step: int = 0) -> tuple[Plan, Iterator[list[Batch]]]:

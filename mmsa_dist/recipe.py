@@ -39,7 +39,7 @@ PACKAGED = Path(__file__).parent / "recipes"
 
 RESUMABLE = (
     "launch.", "tracking.", "checkpoint.", "engine.zero", "engine.offload", "data.readers", "data.path",
-    "data.eval_batch_size", "labels.divide_above", "text.gradient_checkpointing", "train.dry_run",
+    "data.eval_batch_size", "labels.divide_above", "text.gradient_checkpointing", "train.dry_run", "train.profile",
 )  # fmt: skip
 """What may differ when a run is resumed: none of it changes a result."""
 
@@ -358,6 +358,7 @@ ALIASES = (
     "data",
     "batch-size",
     "epochs",
+    "profile",
     "zero",
     "workers",
     "launcher",

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mmsa_dist import launch, places, run_folder, session
+from mmsa_dist import launch, places, profiling, run_folder, session
 from mmsa_dist.checks import check_labels, check_system
 from mmsa_dist.diagnosis import diagnose
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TrainingError, TransientError
@@ -189,6 +189,8 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     from shards.progress import console
 
     console.print(result_table(result))
+    if trace := profiling.shown(folder):
+        print(trace)
     if not (folder / "time.json").is_file():
         spent = account(folder)
         if spent.wall:  # none of a run that an older version began
