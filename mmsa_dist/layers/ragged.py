@@ -56,11 +56,16 @@ def make_ragged(model: Any) -> bool:
 
 
 def ragged_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states (B, T, D) of ids (B, T) with mask (B, T) bool; zeros in padding."""
-    places = Places(mask)
-    words = model.get_input_embeddings()(places.gather(ids))
+    """Last hidden states (B, T, D) of ids (B, T) with mask (B, T) bool; zeros in padding.
+
+    Steps that no sample has are taken away before: attention sums in blocks, which a longer row would cut otherwise.
+    """
+    real = mask.any(0).nonzero()
+    longest = int(real[-1]) + 1 if len(real) else 1
+    places = Places(mask[:, :longest])
+    words = model.get_input_embeddings()(places.gather(ids[:, :longest]))
     states = model(inputs_embeds=words[None], position_ids=places.steps[None], ragged=places).last_hidden_state
-    return places.spread(states[0])
+    return F.pad(places.spread(states[0]), (0, 0, 0, mask.shape[1] - longest))
 
 
 def _attend(
