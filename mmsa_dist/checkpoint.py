@@ -60,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         moments = {f"{key}.{name}": t for key in MOMENTS for name, t in checkpoint.engine.moments[key].items()}
         save_file(moments, partial / "optimizer.safetensors")
         save_file(checkpoint.generator, partial / "labels.safetensors")
-        progress = {"engine_step": step, "run": checkpoint.progress}
+        progress = {"engine_step": step, "loss_scale": checkpoint.engine.scale, "run": checkpoint.progress}
         (partial / "progress.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
         write_manifest(partial, origin=checkpoint.origin)
         replaced = partial.with_name(f"{partial.name}-replaced")
@@ -151,7 +151,8 @@ def load(path: Path) -> Checkpoint:
         key: {name.removeprefix(f"{key}."): t for name, t in flat.items() if name.startswith(f"{key}.")}
         for key in MOMENTS
     }
-    state = State(progress["engine_step"], load_file(path / "weights.safetensors"), moments)
+    weights = load_file(path / "weights.safetensors")
+    state = State(progress["engine_step"], weights, moments, progress.get("loss_scale", {}))  # older versions kept none
     return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
 
 

@@ -33,6 +33,7 @@ class Step:
     """One optimizer step: the global batch's loss, its parts, the learning rates used and the gradient's norm.
 
     Attributes:
+        skipped: fp16's loss scale was too high: no rank has learned anything.
         asked: of each of the questions put to `Engine.step`, whether any rank said yes; the same on all ranks.
     """
 
@@ -42,6 +43,7 @@ class Step:
     grad_norm: float | None
     predictions: list[Prediction]
     asked: tuple[bool, ...] = ()
+    skipped: bool = False
 
 
 def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -184,7 +186,7 @@ class Engine:
         parts = dict(zip(names, values[1:], strict=False))
         asked = tuple(value > 0 for value in values[1 + len(names) :])
         if self.dtype == torch.float16 and skipped:  # the loss scale was too high: it is lowered, nothing was learnt
-            return Step(values[0], parts, lr, None, predictions, asked)
+            return Step(values[0], parts, lr, None, predictions, asked, skipped)
         if skipped or (norm is not None and not math.isfinite(norm)):
             raise self._not_finite("gradient", batches)
         self.steps += 1

@@ -98,7 +98,8 @@ def train(session: Session, hooks: Hooks) -> dict[str, Any]:
                 batches = [batch.to(engine.device) for batch in batches]
                 asks = (saver.due(), hooks.requests.come())
                 done = engine.step(batches, lambda p, b: session.system.loss(p, b, generator.targets(b, p)), asks)
-                generator.observe(state.epoch, batches, done.predictions)
+                if not done.skipped:
+                    generator.observe(state.epoch, batches, done.predictions)
             hooks.profile.step()
             state.step_in_epoch += 1
             state.loss_sum += done.loss
@@ -106,7 +107,7 @@ def train(session: Session, hooks: Hooks) -> dict[str, Any]:
             saver.tell()
             save, stop = done.asked
             every = recipe.checkpoint.every_steps
-            save |= every is not None and engine.steps % every == 0
+            save |= every is not None and engine.steps % every == 0 and not done.skipped
             if (save or stop) and state.step_in_epoch < plan.num_steps:
                 saver.save(state)
                 if stop:

@@ -17,6 +17,8 @@ from mmsa_dist.systems.base import System
 MOMENTS = ("exp_avg", "exp_avg_sq")
 INITIAL_MICRO_STEP_ID = -1
 """Where ZeRO 1 and 2 count micro-batches from."""
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's scaler of fp16 losses changes from step to step."""
 
 
 @dataclass
@@ -27,11 +29,13 @@ class State:
         step: optimizer steps taken.
         weights: name -> fp32 tensor, whole; buffers included.
         moments: ``exp_avg`` and ``exp_avg_sq`` -> name -> fp32 tensor, whole; frozen parameters have none.
+        scale: fp16's loss scale, and by what it is changed next (`SCALE`); empty at other precisions.
     """
 
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
 
 
 def gather(engine: Any, system: System, stage: int, step: int) -> State | None:
@@ -42,7 +46,9 @@ def gather(engine: Any, system: System, stage: int, step: int) -> State | None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     first = dist.get_rank() == 0
-    state = State(step, {}, {key: {} for key in MOMENTS})
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scale = {name: getattr(scaler, name) for name in SCALE} if getattr(scaler, "dynamic", False) else {}
+    state = State(step, {}, {key: {} for key in MOMENTS}, scale)
     if stage in (1, 2) and step > 0:
         _link_moments(engine.optimizer)
     for name, parameter in system.named_parameters():
@@ -87,9 +93,12 @@ def load_module(system: System, weights: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(engine: Any, system: System, stage: int, state: State) -> None:
-    """Moments (and the fp32 master weights, where the working copy is narrower) into a freshly initialised engine."""
+    """Moments, fp32 master weights where the working copy is narrower, and fp16's loss scale, into a freshly
+    initialised engine."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+    for name, value in state.scale.items():
+        setattr(engine.optimizer.loss_scaler, name, value)
     if stage in (1, 2) and any(p.dtype != torch.float32 for p in system.parameters()):
         for name, parameter in system.named_parameters():
             if parameter.requires_grad:
