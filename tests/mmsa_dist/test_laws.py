@@ -157,6 +157,24 @@ def test_four_ranks_and_accumulation_equal_one(
         assert_equal(of_rank, alone(system), "accumulated")
 
 
+@pytest.mark.parametrize("system", ["self_mm", "tam_ulag", "iam", "ufen_mtfn"])
+def test_micro_batches_that_do_not_divide_equal_one_batch(
+    ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str
+) -> None:
+    """25 samples as six micro-batches of five, and the 14 of an epoch's tail as six of three: one is filler alone.
+
+    Labels are generated from them, and IAM's terms weigh one another over all of them.
+    """
+    odd = {"data": {"batch_size": 25}}
+    (one,) = ranks(train, 1, tmp_path / "one", learning(system, data, **odd).dump())
+    assert len(one["losses"]) == 9
+    for world, accumulation, stages in ((2, 3, STAGES), (1, 6, (0, 2))):
+        for stage in stages:
+            recipe = learning(system, data, **odd, engine={"zero": stage}, optim={"accumulation": accumulation})
+            for of_rank in ranks(train, world, tmp_path / f"{world}-{stage}", recipe.dump()):
+                assert_equal(of_rank, one, (world, stage))
+
+
 def observed(folder: Path, recipe: dict[str, Any]) -> list[tuple[int, bool]]:
     """Of each step the epoch that the label generator was told, and whether a label of text differs from y_m then."""
     from mmsa_dist.label_generators.state import GeneratedLabels
