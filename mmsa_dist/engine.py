@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmsa_dist import out_of_memory, portable
+from mmsa_dist import divided, out_of_memory, portable
 from mmsa_dist.config import EngineConfig, OptimConfig
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.systems.base import GROUPS, Losses, Prediction, System
@@ -97,7 +97,7 @@ class Engine:
     """A system under DeepSpeed.
 
     Args:
-        system: freshly built, on the CPU, the same on every rank.
+        system: freshly built, on the CPU, the same on every rank; for ZeRO-3 an outline will do on all but the first.
         micro_batch: samples of a rank's micro-batch, for DeepSpeed's own arithmetic.
         total_steps: optimizer steps of the whole run, for the schedule.
         state: what `state()` gave, at any number of ranks and any stage; None starts anew.
@@ -129,8 +129,11 @@ class Engine:
         self.factor = schedule(optim, total_steps)
         self.accumulation = optim.accumulation
         self.held = out_of_memory.Held(optim, config, system.spec.text, self.device)
+        deepspeed_config = _deepspeed_config(optim, config, micro_batch, count_parameters(system)[1])
         if state is not None:  # before initialize, which copies the weights into its partitions
             portable.load_module(system, state.weights)
+        if config.zero == 3:
+            divided.divide(system, deepspeed_config, self.dtype, self.device)
         groups = parameter_groups(system, optim)
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
         # fused reads and writes each number once, where torch's ordinary step does so for every operation
@@ -138,7 +141,7 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=system,
             optimizer=optimizer,
-            config=_deepspeed_config(optim, config, micro_batch, count_parameters(system)[1]),
+            config=deepspeed_config,
             dist_init_required=False,
         )
         if state is not None:

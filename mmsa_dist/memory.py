@@ -23,7 +23,7 @@ What stands between steps is exact; a stage 2 rank keeps gradients by whole para
 second column is the most that there can be. While gradients are reduced there is a bucket, b B, at stages 1 and 2 too.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -105,18 +105,12 @@ def checkpoint_bytes(sizes: Sizes) -> int:
 
 def sizes_of(recipe: "Recipe", index: "AnyIndex") -> Sizes:
     """Counts the system of a recipe without making its weights."""
-    import torch
-
+    from mmsa_dist.divided import outline
     from mmsa_dist.label_generators import get_label_generator, over_nothing
     from mmsa_dist.label_generators.state import DIVIDE_ABOVE
     from mmsa_dist.session import data_spec
-    from mmsa_dist.systems import make_system
 
-    spec = data_spec(recipe, index)
-    if spec.text is not None:  # its shape is enough
-        spec = replace(spec, text=spec.text.model_copy(update={"pretrained": False}))
-    with torch.device("meta"):
-        system = make_system(recipe.system, recipe.model, spec)
+    system = outline(recipe.system, recipe.model, data_spec(recipe, index))
     name = recipe.label_generator
     widths = system.feature_widths()
     generator = over_nothing(name, widths, index.label_range, **recipe.labels.given)

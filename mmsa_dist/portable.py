@@ -89,7 +89,8 @@ def load_module(system: System, weights: dict[str, Tensor]) -> None:
                     f"the checkpoint is of another system: {name} has shape {tuple(weights[name].shape)}, "
                     f"expected {tuple(tensor.shape)}"
                 )
-            tensor.copy_(weights[name])
+            if not tensor.is_meta:  # an outline gets the first rank's
+                tensor.copy_(weights[name])
 
 
 def load_optimizer(engine: Any, system: System, stage: int, state: State) -> None:

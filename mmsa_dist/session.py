@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmsa_dist import checkpoint, data_card, metrics, run_folder
+from mmsa_dist import checkpoint, data_card, divided, metrics, run_folder
 from mmsa_dist.config import Monitor
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.engine import Engine, device
@@ -18,7 +18,7 @@ from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import LabelGenerator, configured, get_label_generator, make_generator
 from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
-from mmsa_dist.systems import DataSpec, System, make_system
+from mmsa_dist.systems import DataSpec, System
 from mmsa_dist.tracking import Link
 from shards.batch import BatchSpec
 from shards.costs import CostRule
@@ -88,7 +88,7 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     recipe = settled(recipe, index)
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
-    system = make_system(recipe.system, recipe.model, spec)
+    system = divided.build(recipe.system, recipe.model, spec, device(), in_parts=recipe.engine.zero == 3)
     saved = checkpoint.load_latest(folder / "checkpoints")
     steps = -(-index.splits["train"] // recipe.data.batch_size) * recipe.train.epochs
     generator = label_generator(recipe, index, system, device())
