@@ -1,4 +1,4 @@
-"""DeepSpeed behind five calls: step, predict, state, load_weights, close.
+"""DeepSpeed behind five calls: step, predict, state (in two halves), load_weights, close.
 
 The loop knows nothing of ZeRO: at every stage and number of ranks one step over the same global batch gives the
 same loss and the same update.
@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmsa_dist import divided, out_of_memory, portable
+from mmsa_dist import divided, out_of_memory, parts, portable
 from mmsa_dist.config import EngineConfig, OptimConfig
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.systems.base import GROUPS, Losses, Prediction, System
@@ -147,6 +147,9 @@ class Engine:
         if state is not None:
             portable.load_optimizer(self.engine, system, self.stage, state)
         self.steps = 0 if state is None else state.step
+        self._room = parts.Room(self.device.type == "cuda")
+        # checkpoints travel in it, whatever training sends meanwhile
+        self._beside = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def step(self, batches: Sequence[Batch], loss_of: LossOf, asks: Sequence[bool] = ()) -> Step:
         """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.
@@ -232,9 +235,21 @@ class Engine:
         self.engine.eval()
         return self._forward(batch)
 
+    def part(self) -> parts.Part:
+        """A copy of what this rank holds of weights and optimizer state, good until the next call. Nobody waits."""
+        places, numbers = self._room.copy(portable.held(self.engine, self.system, self.stage, self.steps))
+        buffers = portable.buffers(self.system) if dist.get_rank() == 0 else {}
+        scale = portable.loss_scale(self.engine)
+        return parts.Part(self.steps, scale, places, numbers, portable.shapes(self.system), buffers)
+
+    def assembled(self, part: parts.Part) -> portable.State | None:
+        """All ranks' parts as a whole, by parameter name, on rank 0 (None elsewhere). A collective call, which a thread
+        may make while others train."""
+        return parts.assemble(part, self._beside)
+
     def state(self) -> portable.State | None:
-        """Weights and optimizer state by parameter name, whole, on rank 0 (None elsewhere). A collective call."""
-        return portable.gather(self.engine, self.system, self.stage, self.steps)
+        """Both in one: a collective call."""
+        return self.assembled(self.part())
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Replaces the weights for evaluation; the optimizer is left behind, so no step may follow."""
@@ -247,6 +262,8 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's hooks; ZeRO-3 may abort at exit otherwise."""
         self.engine.destroy()
+        if self._beside is not None:
+            dist.destroy_process_group(self._beside)
 
     def _losses(self, batch: Batch, loss_of: LossOf, means: Tensor | None) -> tuple[Prediction, Losses]:
         prediction = self._forward(batch)

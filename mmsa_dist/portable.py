@@ -4,6 +4,7 @@ DeepSpeed's own checkpoints load at the same number of ranks only, and its unive
 This file is the only one that touches DeepSpeed's private names; a test over pairs of stages and ranks watches them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,38 +39,62 @@ class State:
     scale: dict[str, float] = field(default_factory=dict)
 
 
-def gather(engine: Any, system: System, stage: int, step: int) -> State | None:
-    """Whole weights and moments on rank 0, None elsewhere. Every rank must call it.
+Stretch = tuple[str, str, int, Tensor]
+"""``weights`` or one of `MOMENTS`, a parameter's name, and some of its flattened numbers, from which one on."""
 
-    Each tensor is gathered and let go on the other ranks at once: they hold one whole parameter at a time.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+def held(engine: Any, system: System, stage: int, step: int) -> Iterator[Stretch]:
+    """What this rank has to give to a state: all ranks together give each number once. No collective call."""
     first = dist.get_rank() == 0
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    scale = {name: getattr(scaler, name) for name in SCALE} if getattr(scaler, "dynamic", False) else {}
-    state = State(step, {}, {key: {} for key in MOMENTS}, scale)
     if stage in (1, 2) and step > 0:
         _link_moments(engine.optimizer)
     for name, parameter in system.named_parameters():
-        if not parameter.requires_grad:
-            whole = _frozen(parameter, stage)
-        else:
-            whole = parameter.data if stage == 0 else safe_get_full_fp32_param(parameter)
-        if first:
-            state.weights[name] = _copy(whole)
-        if step == 0 or not parameter.requires_grad:
-            continue
-        for key in MOMENTS:
-            if stage == 0:
-                whole = engine.optimizer.state[parameter][key]
+        kinds = ("weights", *MOMENTS) if step and parameter.requires_grad else ("weights",)
+        for kind in kinds:
+            if stage == 3:
+                numbers = _divided(parameter, kind)
+                start = dist.get_rank() * numbers.numel()
+                own = numbers[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+            elif stage and parameter.requires_grad:
+                fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+                if fragment is None:
+                    continue
+                start = fragment.lp_fragment_address.start
+                own = fragment.get_hp_fragment(None if kind == "weights" else kind)
+            elif first:  # who holds it whole, as all do
+                start = 0
+                own = parameter.data if kind == "weights" else engine.optimizer.state[parameter][kind]
             else:
-                whole = safe_get_full_optimizer_state(parameter, key)
-            if first:
-                state.moments[key][name] = _copy(whole).view_as(state.weights[name])
-    for name, buffer in _persistent_buffers(system).items():
-        state.weights[name] = _copy(buffer, keep_type=True)
-    return state if first else None
+                continue
+            if own.numel():
+                yield kind, name, start, own.detach().reshape(-1)
+
+
+def _divided(parameter: Any, kind: str) -> Tensor:
+    """This rank's stretch of a parameter, or of a moment of it, under ZeRO-3; what is beyond its end too."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    if not parameter.requires_grad:
+        return parameter.ds_tensor
+    if kind == "weights":
+        return safe_get_local_fp32_param(parameter)
+    return safe_get_local_optimizer_state(parameter, kind)
+
+
+def shapes(system: System) -> dict[str, torch.Size]:
+    """Of all parameters, whole also where ZeRO-3 has divided them."""
+    return {name: getattr(p, "ds_shape", p.shape) for name, p in system.named_parameters()}
+
+
+def buffers(system: System) -> dict[str, Tensor]:
+    """Copies of the buffers that a checkpoint keeps."""
+    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in _persistent_buffers(system).items()}
+
+
+def loss_scale(engine: Any) -> dict[str, float]:
+    """`State.scale`."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {name: getattr(scaler, name) for name in SCALE} if getattr(scaler, "dynamic", False) else {}
 
 
 def load_module(system: System, weights: dict[str, Tensor]) -> None:
@@ -194,19 +219,6 @@ def _link_moments(zero: Any) -> None:
     """DeepSpeed links moments after the first group's first step, so later groups' never were: link them again."""
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()
-
-
-def _frozen(parameter: Tensor, stage: int) -> Tensor:
-    if stage != 3:
-        return parameter.data
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameter):
-        return parameter.data.clone()
-
-
-def _copy(tensor: Tensor, keep_type: bool = False) -> Tensor:
-    return tensor.detach().to("cpu", None if keep_type else torch.float32, copy=True).contiguous()
 
 
 def _persistent_buffers(system: System) -> dict[str, Tensor]:

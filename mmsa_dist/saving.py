@@ -1,19 +1,22 @@
 """When a run is saved, and the writing of it beside training.
 
-Ranks gather a checkpoint together, which copies it; rank 0 then writes the copy in a thread while all go on. At most
-one is being written: the next waits for it, and whatever ends a run waits for the last.
+Each rank copies its part of a checkpoint and goes on; a thread of each sends it to rank 0's, which writes the whole. At
+most one is on its way: the next waits for it, and whatever ends a run waits for the last.
 """
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
 
 from mmsa_dist import checkpoint
 from mmsa_dist.checkpoint import Checkpoint
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.mirror import Mirror, Sender
+from mmsa_dist.parts import Part
 from mmsa_dist.run_folder import Events
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ class Writing:
 
     Attributes:
         step: of the engine.
-        blocked: seconds for which training stood still.
+        blocked: seconds for which this rank's training stood still.
         kept: where the run's time had gone when it was taken: what a restart keeps of it.
         done: gives the seconds that writing took.
     """
@@ -39,7 +42,8 @@ class Writing:
 
 
 class Saver:
-    """Saves one rank's session. On rank 0 every method may raise TransientError: a checkpoint cannot be written."""
+    """Saves one rank's session. Every method may raise: rank 0's TransientError where a checkpoint cannot be written, a
+    RuntimeError where another rank is gone."""
 
     def __init__(self, session: "Session", events: Events, ledger: Ledger) -> None:
         self._session, self._events, self._ledger = session, events, ledger
@@ -63,17 +67,14 @@ class Saver:
         return bool(every and self._session.rank == 0 and time.monotonic() - self._last >= every)
 
     def save(self, state: "Progress") -> None:
-        """One checkpoint; all ranks gather it, rank 0 writes it."""
+        """One checkpoint of all ranks."""
         session, began = self._session, time.monotonic()
+        self.wait()  # its memory is the next one's
         with self._ledger.under("checkpoint"):
             labels = session.generator.state_dict(keep=session.rank == 0)
-            whole = session.engine.state()
-            if whole is not None:
-                content = Checkpoint(whole, labels, asdict(state), session.origin)
-                self.wait()
-                done = self._thread.submit(self._write, content, state.best_step or None)
-                blocked = time.monotonic() - began
-                self._writing = Writing(whole.step, blocked, self._ledger.booked(), done)
+            part, progress = session.engine.part(), asdict(state)
+            done = self._thread.submit(self._write, part, labels, progress, state.best_step or None)
+            self._writing = Writing(part.step, time.monotonic() - began, self._ledger.booked(), done)
         self._last = time.monotonic()
 
     def tell(self) -> None:
@@ -81,7 +82,8 @@ class Saver:
         if self._writing is not None and self._writing.done.done():
             told, self._writing = self._writing, None
             seconds = {"blocked": round(told.blocked, 4), "seconds": round(told.done.result(), 4)}
-            self._events.write("saved", step=told.step, **seconds, kept=told.kept)
+            if self._session.rank == 0:
+                self._events.write("saved", step=told.step, **seconds, kept=told.kept)
         while not self._warnings.empty():
             self._events.write("warning", message=self._warnings.get())
 
@@ -92,13 +94,15 @@ class Saver:
                 self._writing.done.exception()
         self.tell()
 
-    def _write(self, content: Checkpoint, best_step: int | None) -> float:
+    def _write(self, part: Part, labels: dict[str, Tensor], progress: dict[str, Any], best_step: int | None) -> float:
         """In the thread."""
-        began = time.monotonic()
-        folder, keep = self._session.folder / "checkpoints", self._session.recipe.checkpoint.keep
-        path = checkpoint.save(folder, content, keep, best_step)
-        if self._sender:
-            self._sender.offer(path, best_step)
+        began, session = time.monotonic(), self._session
+        whole = session.engine.assembled(part)
+        if whole is not None:
+            content = Checkpoint(whole, labels, progress, session.origin)
+            path = checkpoint.save(session.folder / "checkpoints", content, session.recipe.checkpoint.keep, best_step)
+            if self._sender:
+                self._sender.offer(path, best_step)
         return time.monotonic() - began
 
 
