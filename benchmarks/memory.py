@@ -1,8 +1,9 @@
 """What a rank holds at each ZeRO stage: bytes of all tensors in a real run, beside the formula of `mmsa-dist plan`.
 
-Ranks are processes of this machine. Each opens a session on generated data, behind an encoder of BERT-base's shape with
-random weights, and takes two steps. Tensors are counted, each memory once, between steps and at the end of a backward
-pass, which has let the activations go.
+Ranks are processes of this machine. Each opens a session on generated data, behind an encoder of BERT-base's shape
+(110 M parameters) or of nine times its size (1 B), weights random, and takes two steps. Tensors are counted, each
+memory once, between steps and at the end of a backward pass, which has let the activations go. What this machine's
+memory does not hold is left out, and shown as "-".
 """
 
 import argparse
@@ -17,55 +18,56 @@ from typing import Any
 
 from benchmarks.record import ROOT, Row, Table, record
 from benchmarks.render import measured, table, wanted
+from mmsa_dist.memory import STAGES
 from mmsa_dist.places import RANK_ENVIRONMENT
 
-STAGES = (0, 1, 2, 3)
 WANTED = 0.05
+ENCODERS = {"110 M": (12, 768), "1 B": (18, 2048)}
+"""Parameters -> layers and width."""
+ROOM = 0.8
+"""Of this machine's memory; the rest is for imports, activations and a system that is being divided."""
+SYSTEMS = ("tam_ulag", "iam", "pmr", "ufen_mtfn", "self_mm", "sugrm", "mult")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=12, help="of the encoder; 0 for none (default: %(default)s)")
-    parser.add_argument("--systems", nargs="+", default=["tam_ulag"], help="(default: %(default)s)")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="in fp32 (default: all)")
+    parser.add_argument("--narrow", nargs="*", default=["tam_ulag"], help="systems in bf16 too (default: %(default)s)")
+    parser.add_argument("--large", nargs="*", default=["self_mm"], help="in bf16 behind 1 B (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank:
-        return rank(json.loads(options.rank))
-    rows: list[Row] = []
-    shown: list[list[str]] = []
-    raw: list[dict[str, Any]] = []
+    if options.ranks_of:
+        return rank(json.loads(options.ranks_of))
+    kinds = [
+        *((system, "110 M", "fp32") for system in options.systems),
+        *((system, "110 M", "bf16") for system in options.narrow),
+        *((system, "1 B", "bf16") for system in options.large),
+    ]
     with tempfile.TemporaryDirectory(prefix="mmsa-") as name:
         folder = Path(name)
-        data = ["--data", str(generated(folder))]
-        if options.layers:
-            data += ["--text.encoder", str(encoder(folder, options.layers)), "--text.no-pretrained"]
-        for system in options.systems:
-            found = [
-                {"system": system, "ranks": ranks, "precision": precision, "stage": stage}
-                | compare(folder, system, data, ranks, precision, stage)
-                for ranks in options.ranks
-                for precision in options.precisions
-                for stage in STAGES
-                if precision == "fp32" or stage
-            ]
-            worst = max(found, key=off)
-            what = f"{system}: bytes of a rank's tensors, furthest from the formula"
-            how = f"of {len(found)}: {worst['ranks']} ranks, {worst['precision']}, ZeRO {worst['stage']}"
-            rows.append(Row(what, 100 * off(worst), "%", f"at most {WANTED:.0%}", how, off(worst) <= WANTED))
-            shown += [line(each) for each in found]
-            raw += found
+        data = generated(folder)
+        found = [each for ranks in options.ranks for each in compared(folder, data, kinds, ranks)]
+    rows = []
+    for size in ENCODERS:
+        of = [each for each in found if each["encoder"] == size]
+        if not of:
+            continue
+        worst = max(of, key=off)
+        what = f"bytes of a rank's tensors behind an encoder of {size}, furthest from the formula of `mmsa-dist plan`"
+        how = f"of {len(of)}: {worst['system']}, {worst['ranks']} ranks, {worst['precision']}, ZeRO {worst['stage']}"
+        rows.append(Row(what, 100 * off(worst), "%", f"at most {WANTED:.0%}", how, off(worst) <= WANTED))
+    titles = {"state": "between steps", "step": "with the gradients of a step, at most"}
+    head = ["system, encoder, precision", "ranks", *(f"ZeRO {stage}" for stage in STAGES)]
     tables = [
-        Table(
-            "Bytes of a rank, MB: formula / measured", ["", "ZeRO", "between steps", "with gradients, at most"], shown
-        )
+        Table(f"MB of a rank {title}: formula / measured", head, shown(found, which)) for which, title in titles.items()
     ]
-    print(table(tables[0].head, shown))
+    for each in tables:
+        print(each.title, table(each.head, each.rows), sep="\n")
     print(table(["", "measured", "wanted", "how"], [[r.what, measured(vars(r)), wanted(vars(r)), r.how] for r in rows]))
     if not options.no_record:
-        record("memory", rows, raw={"runs": raw}, tables=tables)
+        record("memory", rows, raw={"runs": found}, tables=tables)
     return None
 
 
@@ -74,10 +76,14 @@ def off(found: dict[str, Any]) -> float:
     return abs(found["formula"]["state"] / found["measured"]["state"] - 1)
 
 
-def line(found: dict[str, Any]) -> list[str]:
-    cells = (f"{found['formula'][w] / 1e6:,.0f} / {found['measured'][w] / 1e6:,.0f}" for w in ("state", "step"))
-    what = f"{found['system']}, {found['ranks']} rank{'s' * (found['ranks'] > 1)}, {found['precision']}"
-    return [what, str(found["stage"]), *cells]
+def shown(found: list[dict[str, Any]], which: str) -> list[list[str]]:
+    """A line a system and number of ranks, a column a stage."""
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for each in found:
+        key = (f"{each['system']}, {each['encoder']}, {each['precision']}", str(each["ranks"]))
+        cell = f"{each['formula'][which] / 1e6:,.0f} / {each['measured'][which] / 1e6:,.0f}"
+        lines.setdefault(key, {})[each["stage"]] = cell
+    return [[*key, *(cells.get(stage, "-") for stage in STAGES)] for key, cells in sorted(lines.items())]
 
 
 def generated(folder: Path) -> Path:
@@ -86,53 +92,91 @@ def generated(folder: Path) -> Path:
     return folder / "data"
 
 
-def encoder(folder: Path, layers: int) -> Path:
-    """The shape of BERT-base with so many layers, and a tokenizer of its size."""
+def encoder(folder: Path, layers: int, width: int = 768) -> Path:
+    """The shape of BERT-base with so many layers and so wide, and a tokenizer of its size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, PreTrainedTokenizerFast
 
-    config = BertConfig(num_hidden_layers=layers)
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64
+    )
+    target = folder / f"bert-{layers}-{width}"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = [*special, *(f"word{n}" for n in range(config.vocab_size - len(special)))]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
-        folder / "bert"
-    )
-    config.save_pretrained(folder / "bert")
-    return folder / "bert"
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(target)
+    config.save_pretrained(target)
+    return target
 
 
-def compare(folder: Path, system: str, words: list[str], ranks: int, precision: str, stage: int) -> dict[str, Any]:
-    """Formula and measurement of rank 0."""
+def compared(folder: Path, data: Path, kinds: list[tuple[str, str, str]], ranks: int) -> list[dict[str, Any]]:
+    """Formula and measurement of rank 0, of all that fits, one after another in the same processes."""
     from mmsa_dist.recipe import load_recipe
 
-    chosen = ["--zero", str(stage), "--engine.precision", precision, "--workers", str(ranks), "--batch-size", "8"]
-    recipe = load_recipe(system, None, [*words, *chosen, "--data.readers", "0"])
+    jobs = []
+    for system, size, precision in kinds:
+        text = ["--text.encoder", str(encoder(folder, *ENCODERS[size])), "--text.no-pretrained"]
+        words = ["--data", str(data), *text, "--engine.precision", precision, "--workers", str(ranks)]
+        for stage in STAGES if precision == "fp32" else STAGES[1:]:
+            recipe = load_recipe(system, None, [*words, "--zero", str(stage), "--batch-size", "8"])
+            if fits(recipe, ranks):
+                what = {"system": system, "encoder": size, "precision": precision, "stage": stage, "ranks": ranks}
+                jobs.append({"what": what, "recipe": recipe.dump()})
     with tempfile.TemporaryDirectory(dir=folder) as run:
         processes = []
         for number in range(ranks):
-            job = {"recipe": recipe.dump(), "run": run, "rank": number, "world": ranks}
+            told = json.dumps({"jobs": jobs, "run": run, "rank": number, "world": ranks})
             place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)}
             one_thread = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
             environment = {**os.environ, **RANK_ENVIRONMENT, **one_thread, **place}
-            command = [sys.executable, "-m", "benchmarks.memory", "--rank", json.dumps(job)]
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-        out = [process.communicate()[0] for process in processes]
-        assert not any(process.returncode for process in processes), out
-    found = dict(json.loads(out[0].splitlines()[-1]))
-    print(f"{system}, {ranks} ranks, {precision}, ZeRO {stage}: formula off by {off(found):.1%}", flush=True)
-    return found
+            command = [sys.executable, "-m", "benchmarks.memory", "--ranks-of", told]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+        if max(process.wait() for process in processes):
+            raise SystemExit("error: a rank failed")
+        return [json.loads(Path(run, str(number), "found.json").read_text()) for number in range(len(jobs))]
 
 
-def rank(job: dict[str, Any]) -> None:
-    """One rank of a measurement."""
+def fits(recipe: Any, ranks: int) -> bool:
+    """Whether all ranks have room on this machine; ZeRO-3 begins with the whole system on the first one."""
+    from mmsa_dist.engine import BUCKET
+    from mmsa_dist.memory import need, sizes_of
+    from mmsa_dist.session import open_index
+
+    sizes, stage = sizes_of(recipe, open_index(recipe)), recipe.engine.zero
+    wanted = ranks * need(sizes, stage, ranks, recipe.engine.precision, BUCKET).step
+    return wanted < ROOM * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def rank(told: dict[str, Any]) -> None:
+    """One rank of all measurements, each in a process forked from this one, which has imported what they need."""
+    import deepspeed  # noqa: F401
+    import transformers  # noqa: F401
+
+    import mmsa_dist.session  # noqa: F401
+
+    for number, job in enumerate(told["jobs"]):
+        if (child := os.fork()) == 0:
+            try:
+                measure(told, job, Path(told["run"], str(number)))
+            except BaseException as error:
+                print(f"error: {job['what']}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
+
+
+def measure(told: dict[str, Any], job: dict[str, Any], folder: Path) -> None:
     import torch.distributed as dist
 
-    store = dist.FileStore(f"{job['run']}/store", job["world"])
-    dist.init_process_group("gloo", store=store, rank=job["rank"], world_size=job["world"])
-    print(json.dumps(held(job["recipe"], Path(job["run"]))), flush=True)
-    os._exit(0)
+    folder.mkdir(exist_ok=True)
+    store = dist.FileStore(str(folder / "store"), told["world"])
+    dist.init_process_group("gloo", store=store, rank=told["rank"], world_size=told["world"])
+    found = job["what"] | held(job["recipe"], folder)
+    if told["rank"] == 0:
+        print(*job["what"].values(), f"ranks: formula off by {off(found):.2%}", flush=True)
+        (folder / "found.json").write_text(json.dumps(found))
 
 
 def held(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A part begins with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``; what lies between is replaced. A result
 that does not exist is not shown. ``--check`` writes nothing and exits with 1 where a page is behind the results.
-README.md has ``real`` and ``figures`` (rows with a bound, and headlines), benchmarks/README.md has ``all`` (every row).
+README.md has ``real``, ``memory`` (its first table) and ``figures`` (rows with a bound, and headlines),
+benchmarks/README.md has ``all`` (every row).
 
 ``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
 ``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
 
-PAGES = {ROOT / "README.md": ("real", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
+PAGES = {ROOT / "README.md": ("real", "memory", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
 """Page -> its marked parts."""
 FIGURES = ("clone", "startup", "data", "packing", "stall", "loop", "peer")
 """Files of the figures' table in this order; others follow by name."""
@@ -92,6 +93,7 @@ def sections(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         "real": real(results["real"]) if "real" in results else "",
         "figures": headlines([figures[name] for name in names]),
+        "memory": first_table(figures["memory"]) if "memory" in figures else "",
         "all": "\n\n".join(whole(figures[name]) for name in names),
     }
 
@@ -155,6 +157,12 @@ def headlines(contents: list[dict[str, Any]]) -> str:
             rows += [[row["what"], measured(row), wanted(row), row["how"], source] for row in shown]
             notes.append(f"- {name}: `{content['command']}`. {provenance(content)}")
     return f"{table(['', 'measured', 'wanted', 'how', 'raw'], rows)}\n\n" + "\n".join(notes) if rows else ""
+
+
+def first_table(content: dict[str, Any]) -> str:
+    """The first table of one result, with its title."""
+    part = content["tables"][0]
+    return f"{part['title']}\n\n{table(part['head'], part['rows'])}"
 
 
 def whole(content: dict[str, Any]) -> str:
