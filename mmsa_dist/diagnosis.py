@@ -6,6 +6,9 @@ from typing import Any
 
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, TransientError
 
+ELSEWHERE = "this rank's loss is finite"
+"""Of a rank that ends because of what another one has met, and names."""
+
 
 def diagnose(folder: Path, outcome: str) -> MmsaError:
     """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
@@ -16,7 +19,8 @@ def diagnose(folder: Path, outcome: str) -> MmsaError:
         kinds: dict[int, type[MmsaError]] = {
             cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
         }
-        return kinds.get(own[0]["exit_code"], TrainingError)(own[0]["message"])
+        told = min(own, key=lambda entry: ELSEWHERE in entry["message"])  # the first of those that know more
+        return kinds.get(told["exit_code"], TrainingError)(told["message"])
     bugs = [entry for entry in entries if entry and not _of_a_peer(entry)]
     if bugs:
         first = bugs[0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmsa_dist import divided, out_of_memory, parts, portable
 from mmsa_dist.config import EngineConfig, OptimConfig
+from mmsa_dist.diagnosis import ELSEWHERE
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.systems.base import GROUPS, Losses, Prediction, System
 from shards.batch import Batch
@@ -335,7 +336,7 @@ class Engine:
         mean: list[float] = self._mean_over_ranks(row).tolist()
         if not all(map(math.isfinite, mean)):
             finite = bool(torch.isfinite(row).all())
-            raise self._not_finite("loss", batches, "this rank's loss is finite" if finite else "")
+            raise self._not_finite("loss", batches, ELSEWHERE if finite else "")
         return mean
 
 

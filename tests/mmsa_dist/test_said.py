@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmsa_dist import diagnosis
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import load_recipe, origin
 from mmsa_dist.session import data_spec, inputs
@@ -78,3 +78,17 @@ def test_what_ranks_wrote_down_is_told_from_what_was_cut_short(tmp_path: Path) -
     assert diagnosis.failures(tmp_path) == [named, None]
     assert diagnosis.written_down(tmp_path) == [named]
     assert str(diagnosis.diagnose(tmp_path, "")) == "the server is silent"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_keys_of_a_loss_that_is_not_finite_are_told_whichever_rank_fails_first(first: int, tmp_path: Path) -> None:
+    (tmp_path / "failures").mkdir()
+    said = [
+        f"step 9: the loss is not finite ({diagnosis.ELSEWHERE}); no rank",
+        "step 9: the loss is not finite (keys a",
+    ]
+    for number, message in enumerate(said if first else reversed(said)):
+        entry = {"rank": number, "exit_code": 4, "type": "TrainingError", "message": message}
+        (tmp_path / "failures" / f"{number}.json").write_text(json.dumps(entry))
+    found = diagnosis.diagnose(tmp_path, "rank 0 ended with exit code 4")
+    assert isinstance(found, TrainingError) and "keys a" in str(found)
