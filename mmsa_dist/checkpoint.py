@@ -102,11 +102,17 @@ def tidy(folder: Path) -> list[str]:
         )
     sentences = []
     for path, fault in faults.items():
-        aside = path.with_name(f".damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        aside = put_aside(path)
         sentences.append(f"{path}: {fault}; it is put aside as {aside.name}, the newest whole one before it is used")
     return sentences
+
+
+def put_aside(path: Path) -> Path:
+    """Gives a damaged checkpoint another name, at which nobody takes it for one; that name."""
+    aside = path.with_name(f".damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def saved(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import checkpoint
-from mmsa_dist.errors import ConfigError, DataError, MmsaError
+from mmsa_dist.errors import ConfigError, DataError
 from shards.remote.store import Patience, download, filesystem, read, with_patience
 from shards.remote.url import folder_url
 
@@ -91,28 +91,28 @@ class Mirror:
 
     def restore(self, folder: Path) -> int | None:
         """Brings the newest checkpoint into the run's `folder`, and its best one, where they are newer than what is
-        there; gives the newest one's step, None where nothing was brought.
+        there and whole; gives the newest one's step, None where nothing was brought.
 
         Raises:
             DataError: what is there is damaged. ConfigError, TransientError: it cannot be read.
         """
-        own = checkpoint.saved(folder / "checkpoints")
         newest = max(self.steps(), default=0)
-        if newest <= (checkpoint.step_of(own[-1]) if own else 0):
+        own = [path for path in checkpoint.saved(folder / "checkpoints") if checkpoint.step_of(path) >= newest]
+        if not newest or any(checkpoint.damage(path) is None for path in own):
             return None
         brought = self._bring(newest, folder)
         best = json.loads((brought / "progress.json").read_text(encoding="utf-8"))["run"].get("best_step")
-        if best and best != newest and not checkpoint.step_folder(folder / "checkpoints", best).is_dir():
+        if best and best != newest and checkpoint.damage(checkpoint.step_folder(folder / "checkpoints", best)):
             self._bring(best, folder)
         return newest
 
     def bring_description(self, folder: Path) -> None:
-        """Brings the run's description into `folder`.
+        """Brings the run's description into `folder`, its recipe last: a folder without one is no run.
 
         Raises:
             DataError: there is none.
         """
-        for name in DESCRIPTION:
+        for name in reversed(DESCRIPTION):
             try:
                 content = read(f"{self.address}/{name}", LARGEST)
             except DataError:
@@ -139,6 +139,8 @@ class Mirror:
 
                     download(f"{place}/{name}", entry[0], entry[1], anew, file.write)
             (partial / checkpoint.MANIFEST).write_bytes(content)
+            if target.exists():  # it is damaged
+                checkpoint.put_aside(target)
             partial.rename(target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -147,9 +149,13 @@ class Mirror:
 
     def _send(self, file: Path, name: str) -> None:
         target = f"{self.address}/{name}"
-        if target.startswith("file://"):
-            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        with_patience(target, lambda: self._fs.put_file(str(file), target))
+
+        def attempt() -> None:
+            if target.startswith("file://"):
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(file), target)
+
+        with_patience(target, attempt)
 
     def _remove(self, name: str) -> None:
         def attempt() -> None:
@@ -188,7 +194,12 @@ class Sender:
 
     def offer(self, path: Path, best_step: int | None) -> None:
         """A checkpoint that is whole on the disk; it may be removed there as soon as this returns."""
-        step, held = checkpoint.step_of(path), _held(path)
+        step = checkpoint.step_of(path)
+        try:
+            held = _held(path)
+        except OSError as error:  # it is whole on the disk all the same
+            self._warn(f"checkpoint of step {step:,} is not in the mirror: {path.parent}: {error.strerror or error}")
+            return
         with self._changed:
             self._wanted = {step, *([best_step] if best_step else [])}
             for other in self._waiting.keys() - self._wanted:
@@ -216,7 +227,7 @@ class Sender:
                     self._mirror.put(path, step)
                 self._perhaps_sent.discard(step)
                 self._mirror.keep(wanted)
-            except MmsaError as error:
+            except Exception as error:  # also one that is not ours: the next checkpoint is tried, whatever it is
                 self._warn(f"checkpoint of step {step:,} is not in the mirror: {error}")
             shutil.rmtree(path, ignore_errors=True)
 

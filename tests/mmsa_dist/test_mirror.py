@@ -1,6 +1,8 @@
 """Checkpoints in a bucket, on a real S3 endpoint: what is whole comes back, what is not is said, nobody waits."""
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +64,23 @@ def test_what_is_sent_comes_back(bucket: Bucket, tmp_path: Path) -> None:
     assert mirror.restore(run) is None
 
 
+@pytest.mark.parametrize("damaged", [1, 3, 4])
+def test_a_whole_one_takes_the_place_of_a_damaged_one(damaged: int, bucket: Bucket, tmp_path: Path) -> None:
+    """Of the disk the best (1), the newest (3) or one that was never sent (4) is damaged."""
+    mirror, own = Mirror(ADDRESS), tmp_path / "checkpoints"
+    for step in (1, 3):
+        mirror.put(write(tmp_path, step, 1), step)
+    if damaged == 1:
+        shutil.rmtree(own / "step-00000003")
+    elif damaged == 4:
+        write(tmp_path, 4, 1)  # retention removes 3
+    (own / f"step-{damaged:08d}" / "weights.safetensors").write_bytes(b"")
+    assert mirror.restore(tmp_path) == 3
+    checkpoint.tidy(own)
+    assert [path.name for path in checkpoint.saved(own)] == ["step-00000001", "step-00000003"]
+    assert mirror.restore(tmp_path) is None
+
+
 def test_without_its_manifest_there_is_none(bucket: Bucket, tmp_path: Path) -> None:
     """As a kill leaves it that came while it was sent."""
     mirror = Mirror(ADDRESS)
@@ -110,6 +129,24 @@ def test_a_bucket_that_is_away_costs_a_warning(bucket: Bucket, tmp_path: Path, m
     assert "checkpoint of step 1 is not in the mirror: s3://" in warning and "tries" in warning
     with pytest.raises(TransientError):
         away.describe(described(tmp_path))
+
+
+def test_whatever_cannot_be_sent_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is no server's fault: the thread lives on, and the next checkpoint is tried."""
+    warnings: list[str] = []
+    sender = Sender(Mirror(f"file://{tmp_path}/mirror"), [], warnings.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(Mirror, "put", lambda *args: 1 / 0)
+        sender.offer(write(tmp_path, 1), None)
+        while not warnings:
+            time.sleep(0.01)
+    with monkeypatch.context() as full:
+        full.setattr("mmsa_dist.mirror.link_or_copy", lambda *args: os.close(-1))
+        sender.offer(write(tmp_path, 2), None)
+    sender.offer(write(tmp_path, 3), None)
+    sender.close()
+    assert len(warnings) == 2 and "step 1 is not in the mirror" in warnings[0] and "step 2 is not" in warnings[1]
+    assert Mirror(f"file://{tmp_path}/mirror").steps() == {3}
 
 
 def described(folder: Path) -> Path:
