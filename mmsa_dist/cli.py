@@ -1,6 +1,7 @@
 """`mmsa-dist train`."""
 
 import argparse
+import shutil
 from pathlib import Path
 
 import yaml
@@ -93,9 +94,15 @@ def _brought(address: str, runs_dir: Path) -> Path:
     mirror = Mirror(address)
     folder = runs_dir / mirror.address.rpartition("/")[2]
     if not (folder / "recipe.yaml").is_file():
+        new = not folder.exists()
         for part in ("events", "checkpoints", "predictions"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        mirror.bring_description(folder)
+        try:
+            mirror.bring_description(folder)
+        except BaseException:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     return folder
 
 

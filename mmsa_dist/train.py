@@ -12,6 +12,7 @@ import yaml
 
 from mmsa_dist import launch, places, profiling, run_folder, session
 from mmsa_dist.checks import check_labels, check_system
+from mmsa_dist.data_card import DataCard
 from mmsa_dist.diagnosis import diagnose
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TrainingError, TransientError
 from mmsa_dist.follow import Follower
@@ -35,8 +36,7 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
     if recipe.launch.launcher == "torchrun":
         return train_under_torchrun(recipe, folder, runs_dir, name)
     index, recipe = check(recipe)
-    folder = begin(recipe, index, folder, runs_dir, name)
-    with run_folder.locked(folder):
+    with begun(recipe, index, folder, runs_dir, name) as folder:
         if (folder / "result.json").is_file():
             result = run_folder.read_json(folder / "result.json")
         else:
@@ -109,19 +109,36 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@contextmanager
+def begun(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, name: str | None) -> Iterator[Path]:
+    """As `begin`; the run is this process's meanwhile, one that is gone on with before a word of it is changed.
+
+    Raises:
+        ConfigError: as `begin`, or another process trains it.
+    """
+    with ExitStack() as held:
+        if folder is not None:
+            held.enter_context(run_folder.locked(folder))
+        started = begin(recipe, index, folder, runs_dir, name)
+        if folder is None:
+            held.enter_context(run_folder.locked(started))
+        yield started
+
+
 def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, name: str | None) -> Path:
     """A new run's folder, or `folder` where its data is what it was trained on; says what will be done.
 
     Raises:
         ConfigError: `folder` is of a run on other data.
     """
+    kept = None
     if folder is None:
         folder = prepare(recipe, index, runs_dir, name)
     else:
-        known = run_folder.read_json(folder / "data.json")
-        if known["fingerprint"] != index.fingerprint:
+        known = DataCard.load(folder)
+        if known.fingerprint != index.fingerprint:
             raise ConfigError(
-                f"--resume {folder}: it was trained on {known['name']} (fingerprint {known['fingerprint'][:12]}), but "
+                f"--resume {folder}: it was trained on {known.name} (fingerprint {known.fingerprint[:12]}), but "
                 f"{index.where} holds {index.name} ({index.fingerprint[:12]}); give the data that it began with"
             )
         before = read_recipe(folder / "recipe.yaml").launch.workers
@@ -130,13 +147,30 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
                 f"note: {before} -> {recipe.launch.workers} workers: the order of samples stays, but each worker draws "
                 "dropout of its own, so losses will differ from those of an undisturbed run"
             )
+        kept = (folder / "recipe.yaml").read_text(encoding="utf-8")
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     if recipe.checkpoint.mirror:
-        mirrored(recipe.checkpoint.mirror, folder)
+        try:
+            mirrored(recipe.checkpoint.mirror, folder)
+        except BaseException:
+            unbegun(folder, recipe, kept)
+            raise
     print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
     return folder
+
+
+def unbegun(folder: Path, recipe: Recipe, kept: str | None) -> None:
+    """Takes back what `begin` wrote: a new run leaves nothing, an old one its recipe, which was `kept`."""
+    if kept is not None:
+        run_folder.write_text(folder / "recipe.yaml", kept)
+        return
+    if recipe.tracking.enabled:
+        from mmsa_dist.tracking import end_run
+
+        end_run(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def mirrored(address: str, folder: Path) -> None:
@@ -240,8 +274,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
         shared: list[tuple[str, bool, tuple[str, ...]] | MmsaError | None] = [None]
         if rank == 0:
             try:
-                folder = begin(recipe, index, folder, runs_dir, name)
-                driver.enter_context(run_folder.locked(folder))
+                folder = driver.enter_context(begun(recipe, index, folder, runs_dir, name))
                 done = (folder / "result.json").is_file()
                 if not done:
                     launch.make_ready(folder)

@@ -121,10 +121,42 @@ def test_a_run_that_another_process_trains_is_refused(killed: Path, resume: Resu
     holder += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", holder, str(killed)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        code, error = resume()
+        before = (killed / "recipe.yaml").read_text()
+        code, error = resume("--workers", "2", "--zero", "0")
         process.kill()
+    assert (killed / "recipe.yaml").read_text() == before, "ranks that start again would read another recipe"
     assert code == 2 and f"the run is being trained by process {process.pid} on " in error
     assert resume()[0] == 0, "the lock died with its holder"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"name": "half'])
+def test_a_run_without_a_whole_description_is_said(content: str | None, killed: Path, resume: Resume) -> None:
+    file = killed / "data.json"
+    before = file.read_text()
+    try:
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        code, error = resume()
+        assert code == 3 and str(file) in error and "Traceback" not in error
+    finally:
+        file.write_text(before)
+
+
+def test_a_mirror_that_cannot_be_written_leaves_the_run_as_it_was(
+    killed: Path, resume: Resume, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    mirror = ("--checkpoint.mirror", f"file://{tmp_path}/file/runs")
+    before = (killed / "recipe.yaml").read_text()
+    assert resume(*mirror)[0] in (2, 3, 75) and (killed / "recipe.yaml").read_text() == before
+    words = ["--launcher", "local", "--tracking.no-enabled", "--data", str(data), "--runs-dir", str(tmp_path / "runs")]
+    assert main(["train", "ufen_mtfn", *words, *mirror]) in (2, 3, 75)
+    assert not list((tmp_path / "runs").iterdir()), "a run that never began leaves nothing"
+    address = f"file://{tmp_path}/nowhere/run"
+    assert main(["train", "--resume", address, "--runs-dir", str(tmp_path / "runs")]) == 3
+    assert "there is no run (no recipe.yaml)" in capfd.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_damaged_best_checkpoint_is_not_published(killed: Path, resume: Resume) -> None:
