@@ -17,6 +17,9 @@ from mmsa_dist.errors import TransientError
 GRACE = 2.0
 """Seconds between a rank's last words and its end, in which its peers, who stand still as well, say theirs."""
 
+PATIENCE = 10.0
+"""Seconds that a rank's last words may take to be written."""
+
 
 class Watch:
     """Watches this process, as a context.
@@ -63,16 +66,25 @@ class Watch:
                 self._end(now - self._seen)
 
     def _end(self, seconds: float) -> None:
-        stacks = write_stacks(self._folder, self._rank)
+        # in a thread: the run's own disk may be what does not answer, or be full, and the rank must end all the same
+        telling = threading.Thread(target=self._tell, args=(seconds,), name="tell-standstill", daemon=True)
+        telling.start()
+        telling.join(PATIENCE)
+        time.sleep(GRACE)
+        os._exit(TransientError.exit_code)  # whatever it waits for would hold an exception up as well
+
+    def _tell(self, seconds: float) -> None:
+        try:
+            where = f"is in {write_stacks(self._folder, self._rank)}"
+        except OSError as error:
+            where = f"could not be written ({error.strerror})"
         self._failed(
             TransientError(
                 f"rank {self._rank} stood still for {seconds:.0f} s after a stretch of {self._doing!r}: it waits for "
-                "another rank, or for a file system, that does not answer; where each of its threads stood is in "
-                f"{stacks}. --launch.step-timeout bears more"
+                f"another rank, or for a file system, that does not answer; where each of its threads stood {where}. "
+                "--launch.step-timeout bears more"
             )
         )
-        time.sleep(GRACE)
-        os._exit(TransientError.exit_code)  # whatever it waits for would hold an exception up as well
 
 
 def write_stacks(folder: Path, rank: int) -> Path:
