@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ def tidy(folder: Path) -> list[str]:
     Raises:
         ConfigError: one was written by a newer version. DataError: there are checkpoints, but none is whole.
     """
+    for replaced in folder.glob(".partial-step-*-replaced"):  # a kill came before what was to take its place
+        target = folder / "-".join(replaced.name.removeprefix(".partial-").split("-")[:2])
+        if not target.exists():
+            replaced.rename(target)
     for partial in folder.glob(".partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
     faults = {path: fault for path in saved(folder) if (fault := damage(path)) is not None}
@@ -216,7 +221,11 @@ def _retain(folder: Path, keep: int, best_step: int | None) -> None:
     best = None if best_step is None else step_folder(folder, best_step)
     for path in saved(folder)[:-keep]:
         if path != best:
-            shutil.rmtree(path, ignore_errors=True)
+            gone = path.with_name(f".partial-{path.name}-gone")  # a kill in the middle must not leave half of it
+            shutil.rmtree(gone, ignore_errors=True)
+            with suppress(OSError):
+                path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -92,6 +92,24 @@ def test_what_a_kill_cut_short_is_removed(tmp_path: Path) -> None:
     assert checkpoint.tidy(tmp_path) == [] and not list(tmp_path.glob(".partial-*"))
 
 
+def test_one_that_is_replaced_is_not_lost_to_a_kill(tmp_path: Path) -> None:
+    """Between the two renames: fp16 that skips steps may save the same step twice."""
+    write(tmp_path, 7).rename(tmp_path / ".partial-step-00000007-99-replaced")
+    (tmp_path / ".partial-step-00000007-99").mkdir()
+    assert checkpoint.tidy(tmp_path) == [] and steps(tmp_path) == ["step-00000007"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while an old one is removed: nothing is taken for damaged afterwards."""
+    write(tmp_path, 1)
+    with monkeypatch.context() as killed:
+        killed.setattr("mmsa_dist.checkpoint.shutil.rmtree", lambda path, **more: None)
+        write(tmp_path, 2, keep=1)
+    assert steps(tmp_path) == ["step-00000002"]
+    assert checkpoint.tidy(tmp_path) == [] and not list(tmp_path.glob(".*"))
+
+
 def test_weights_are_not_loaded_unverified(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     assert torch.equal(checkpoint.load_weights(path)["w"], torch.full((3,), 3.0))
