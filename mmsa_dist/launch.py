@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
             make_ready(folder)
             if signals.number:
                 raise signals.stopped()
-            with attempted(folder, resumed=resumed):
-                outcome = start(recipe, folder)
+            try:
+                with attempted(folder, resumed=resumed):
+                    outcome = start(recipe, folder)
+            except StoppedError:  # there were no ranks yet
+                raise signals.stopped() from None
             resumed = False
             if (folder / "result.json").is_file():
                 return dict(run_folder.read_json(folder / "result.json"))
@@ -64,7 +68,7 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
                 + (f" in {pause} s" if pause else "")
                 + f" ({failed} of {recipe.launch.max_failures})"
             )
-            time.sleep(pause)
+            stopping.pause(folder, pause)
 
 
 def say(sentence: str) -> None:
@@ -106,7 +110,7 @@ def make_ready(folder: Path) -> None:
 
 def run_local(recipe: Recipe, folder: Path) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
-    world = places.as_many_as_fit(recipe, say).launch.workers
+    world = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder)).launch.workers
     rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
     processes: list[subprocess.Popen[bytes]] = []
     logs = folder / "logs"
@@ -180,7 +184,8 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     has = ray.cluster_resources()
     places.check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
     places.check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
-    most, recipe = recipe.launch.workers, places.as_many_as_fit(recipe, say)
+    most = recipe.launch.workers
+    recipe = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder))
     growth = places.Growth(recipe.launch, most)
 
     def look() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmsa_dist.config import LaunchConfig
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.own_cluster import name_own_cluster
 from mmsa_dist.recipe import Recipe
 from shards import ray_cluster
@@ -136,10 +136,14 @@ def room(launch: LaunchConfig) -> int:
     return min(fitting, int(free.get("GPU", 0) / launch.gpus_per_worker)) if launch.gpus_per_worker else fitting
 
 
-def as_many_as_fit(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+def as_many_as_fit(recipe: Recipe, say: Callable[[str], None], asked: Callable[[], bool]) -> Recipe:
     """The recipe with as many workers as there is room for, where ``launch.min_workers`` lets that be fewer.
 
+    Args:
+        asked: whether the run is to end instead.
+
     Raises:
+        StoppedError: it is.
         TransientError: there was no room for the fewest, for ``launch.timeout`` seconds.
     """
     launch = recipe.launch
@@ -147,6 +151,8 @@ def as_many_as_fit(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
         return recipe
     began, told = time.monotonic(), False
     while (fitting := min(launch.workers, room(launch))) < launch.workers:
+        if asked():
+            raise StoppedError("asked to end while it waited for room for its workers")
         waited = time.monotonic() - began
         if waited >= SETTLE and fitting >= launch.min_workers:
             break

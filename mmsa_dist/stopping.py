@@ -31,6 +31,18 @@ def request(folder: Path, why: str) -> None:
     run_folder.write_json(folder / REQUEST, {"why": why})
 
 
+def requested(folder: Path) -> bool:
+    """Whether the ranks of the run in `folder` are asked to end; who waits before there are any ends too."""
+    return (folder / REQUEST).is_file()
+
+
+def pause(folder: Path, seconds: float) -> None:
+    """Waits, but no longer than until somebody asks the run to end."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not requested(folder):
+        time.sleep(min(LOOK, seconds))
+
+
 def forget(folder: Path) -> None:
     """Before ranks start: what earlier ones were asked and did."""
     for name in (REQUEST, STOPPED):
@@ -68,7 +80,13 @@ class Signals:
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self.number = number
-        request(self._folder, f"{signal.Signals(number).name} to the driver")
+        try:
+            request(self._folder, f"{signal.Signals(number).name} to the driver")
+        except OSError as error:  # a disk that is full, say
+            print(f"the ranks cannot be asked to end ({error.strerror}): ending at once", file=sys.stderr, flush=True)
+            if callable(handler := self._before[number]):
+                handler(number, frame)
+            raise KeyboardInterrupt from None
         print("ending after this step, once it is saved; a second signal ends at once", file=sys.stderr, flush=True)
 
     def stopped(self) -> StoppedError:

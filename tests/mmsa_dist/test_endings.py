@@ -1,15 +1,19 @@
 """How ranks and their launcher end: in good order, and with the error that helps."""
 
 import errno
+import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmsa_dist import watch, worker
-from mmsa_dist.errors import StoppedError
+from mmsa_dist import launch, places, stopping, watch, worker
+from mmsa_dist.errors import StoppedError, TransientError
+from mmsa_dist.recipe import from_dict
 
 
 def test_a_rank_that_was_asked_to_end_is_no_failure_to_its_launcher(
@@ -52,3 +56,30 @@ def test_a_rank_that_stands_still_ends_though_it_cannot_write(
         assert over.wait(20) and codes[0] == 75
     if disk == "full":
         assert "where each of its threads stood could not be written (No space left on device)" in told[0]
+
+
+@pytest.mark.parametrize("waits", ["for room", "before another attempt"])
+def test_a_signal_is_heard_where_no_rank_runs(waits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "events").mkdir()
+    least = {"workers": 2, "min_workers": 2, "launcher": "local", "timeout": 600.0}
+    recipe = from_dict({"system": "self_mm", "launch": least})
+    monkeypatch.setattr(launch, "PAUSE", 600)
+    if waits == "for room":
+        monkeypatch.setattr(places, "own_cpus", lambda: 1)
+    else:
+        worker.record_failure(tmp_path, 0, TransientError("the server is silent"))
+        monkeypatch.setattr(launch, "make_ready", lambda folder: None)
+        monkeypatch.setattr(launch, "run_local", lambda *args: "rank 0 ended with exit code 75")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match="SIGTERM; it goes on from its last checkpoint") as stopped:
+        launch.run(recipe, tmp_path)
+    assert stopped.value.exit_code == 143 and time.monotonic() - began < 60
+
+
+def test_a_signal_ends_at_once_where_ranks_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), stopping.Signals(tmp_path / "full"):  # a folder that cannot be written to
+        signal.raise_signal(signal.SIGINT)
+    assert "the ranks cannot be asked to end (No such file or directory): ending at once" in capsys.readouterr().err
