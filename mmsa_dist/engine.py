@@ -232,9 +232,14 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Prediction:
-        """The system's answer without dropout; every rank must call it equally often."""
+        """The system's answer without dropout; every rank must call it equally often.
+
+        Raises:
+            TrainingError: memory ran out on this rank.
+        """
         self.engine.eval()
-        return self._forward(batch)
+        with out_of_memory.explained(self.held, [batch], f"evaluation after step {self.steps}", learning=False):
+            return self._forward(batch)
 
     def part(self) -> parts.Part:
         """A copy of what this rank holds of weights and optimizer state, good until the next call. Nobody waits."""

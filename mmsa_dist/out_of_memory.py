@@ -36,12 +36,13 @@ class Held:
 
 
 @contextmanager
-def explained(held: Held, batches: Sequence[Batch], where: str) -> Iterator[None]:
+def explained(held: Held, batches: Sequence[Batch], where: str, *, learning: bool = True) -> Iterator[None]:
     """Memory that runs out inside is told of in our words.
 
     Args:
         batches: this rank's micro-batches of the step.
         where: what was being done.
+        learning: whether it was a step; else it was an evaluation.
 
     Raises:
         TrainingError: it ran out. Other ranks may be waiting for this one: no collective may follow.
@@ -51,18 +52,23 @@ def explained(held: Held, batches: Sequence[Batch], where: str) -> Iterator[None
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
-        raise TrainingError(sentence(held, batches, where)) from error
+        less = activations(held, batches[0].size) if learning else EVALUATED
+        raise TrainingError(sentence(held, batches, where, less)) from error
 
 
-def sentence(held: Held, batches: Sequence[Batch], where: str) -> str:
-    """Peak, batch, stage and two remedies."""
+EVALUATED = "Evaluate fewer samples at a time (--data.eval-batch-size; --resume takes it)"
+"""What makes an evaluation need less."""
+
+
+def sentence(held: Held, batches: Sequence[Batch], where: str, less: str) -> str:
+    """Peak, batch, stage and two remedies, of which one is what makes a batch need `less`."""
     engine, samples = held.engine, batches[0].size
     longest = {name: max(batch.values[name].shape[1] for batch in batches) for name in batches[0].values}
     steps = ", ".join(f"{count} of {name}" for name, count in longest.items())
     ranks = counted(dist.get_world_size(), "rank")
     return (
         f"{where}: out of memory at {peak(held.device)}; a micro-batch of {counted(samples, 'sample')} "
-        f"(steps: {steps}), ZeRO {engine.zero}, {engine.precision}, {ranks}. {activations(held, samples)}, or "
+        f"(steps: {steps}), ZeRO {engine.zero}, {engine.precision}, {ranks}. {less}, or "
         f"{states(held)}; mmsa-dist plan shows what a rank must hold"
     )
 

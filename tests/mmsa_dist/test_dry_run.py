@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -172,6 +173,13 @@ def test_memory_that_really_runs_out_is_explained(ranks: Callable[..., Any], dat
     assert said.startswith("dry run of the largest batch, before the first step: out of memory at ")
     assert "micro-batch of 12 samples (steps: 10 of text, " in said and "ZeRO 1, fp32, 1 rank." in said
     assert "--optim.accumulation 2" in said and "--zero 3" in said
+
+
+def test_an_evaluation_that_does_not_fit_is_explained(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    recipe = recipe_for("tests.mmsa_dist.hungry:Hungry", data, model={"evaluating": True})
+    (said,) = ranks(hungry, 1, tmp_path, recipe.dump())
+    assert re.match(r"evaluation after step \d+: out of memory at ", said)
+    assert "--data.eval-batch-size" in said and "--zero 3" in said and "--optim.accumulation" not in said
 
 
 def limited(more: int) -> str:
