@@ -4,6 +4,7 @@ Three ways to run the same rank: Ray Train, processes of this machine, or torchr
 """
 
 import os
+import platform
 import secrets
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 from mmsa_dist import checkpoint, places, run_folder, stopping
 from mmsa_dist.diagnosis import diagnose, first_line, written_down
-from mmsa_dist.errors import StoppedError, TransientError
+from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
 
 PAUSE = 15
@@ -236,7 +237,7 @@ def ray_trainer(recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (),
         resources["GPU"] = launch.gpus_per_worker
     return TorchTrainer(
         train_function,
-        train_loop_config={"recipe": recipe.dump(), "folder": str(folder), "report": report},
+        train_loop_config={"recipe": recipe.dump(), "folder": str(folder), "report": report, "versions": versions()},
         torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=int(launch.timeout)),
         scaling_config=ScalingConfig(
             num_workers=launch.workers, use_gpu=bool(launch.gpus_per_worker), resources_per_worker=resources
@@ -254,9 +255,14 @@ def train_function(config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     import ray.train
 
-    from mmsa_dist.worker import run_rank
+    from mmsa_dist.worker import record_failure, run_rank
 
     context = ray.train.get_context()
+    try:
+        check_versions(config["versions"])
+    except ConfigError as error:
+        record_failure(Path(config["folder"]), context.get_world_rank(), error)
+        raise
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())
 
     def report(summary: dict[str, Any]) -> None:
@@ -274,6 +280,34 @@ def train_function(config: dict[str, Any]) -> None:
             context.get_world_rank(),
             context.get_world_size(),
             report if config["report"] else None,
+        )
+
+
+UNCOMPARED = ("ray", "mlflow")
+"""Packages whose versions may differ: Ray compares its own, and MLflow computes nothing."""
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of what computes; not for which devices that is built, in which nodes may differ."""
+    found = run_folder.environment()
+    packages = {name: value for name, value in found["packages"].items() if name not in UNCOMPARED}
+    return {"python": found["python"], **{name: value and value.partition("+")[0] for name, value in packages.items()}}
+
+
+def check_versions(meant: dict[str, str | None]) -> None:
+    """Says that this node has other versions than the driver, whose `versions` are `meant`.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    differing = [
+        f"{name} {own or 'is missing'}, the driver has {meant.get(name) or 'none'}"
+        for name, own in versions().items()
+        if own != meant.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"node {platform.node()}: {'; '.join(differing)}; ranks must compute alike: install the same versions there"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mmsa_dist import launch, places, stopping, watch, worker
-from mmsa_dist.errors import StoppedError, TransientError
+from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.recipe import from_dict
 
 
@@ -83,3 +83,10 @@ def test_a_signal_ends_at_once_where_ranks_cannot_be_asked(
     with pytest.raises(KeyboardInterrupt), stopping.Signals(tmp_path / "full"):  # a folder that cannot be written to
         signal.raise_signal(signal.SIGINT)
     assert "the ranks cannot be asked to end (No such file or directory): ending at once" in capsys.readouterr().err
+
+
+def test_a_node_with_other_versions_than_the_driver_is_named() -> None:
+    launch.check_versions(launch.versions())
+    with pytest.raises(ConfigError, match=r"node .*: torch \S+, the driver has 1\.0; .* same versions there"):
+        launch.check_versions({**launch.versions(), "torch": "1.0"})
+    assert "+" not in (launch.versions()["torch"] or ""), "a head without GPUs has another build of the same version"
