@@ -60,6 +60,14 @@ def test_a_damaged_one_is_put_aside_and_said_and_the_one_before_used(tmp_path: P
     assert checkpoint.damage(tmp_path / "step-00000002") is None
 
 
+def test_a_damaged_best_one_is_said_before_the_run_goes_on(tmp_path: Path) -> None:
+    flip(write(tmp_path, 1) / "weights.safetensors")
+    moments: dict[str, dict[str, torch.Tensor]] = {key: {} for key in MOMENTS}
+    checkpoint.save(tmp_path, Checkpoint(State(2, {}, moments), {}, {"best_step": 1}), 1, 1)
+    aside, best = checkpoint.tidy(tmp_path)
+    assert "put aside" in aside and "step-00000001: was the best epoch's" in best
+
+
 def test_none_whole_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     flip(write(tmp_path, 1) / "weights.safetensors")
     with pytest.raises(DataError, match=r"step-00000001: weights.safetensors differs .* or remove .* to begin"):
