@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import MmsaError
+from mmsa_dist.errors import DataError, MmsaError
 from mmsa_dist.tracking import store
 
 if TYPE_CHECKING:
@@ -76,11 +76,21 @@ class Link:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Link | None":
-        """None where the run is not tracked."""
+        """None where the run is not tracked.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         path = run_dir / LINK
         if not path.is_file():
             return None
-        link = cls(**run_folder.read_json(path))
+        try:
+            link = cls(**run_folder.read_json(path))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: cannot be read, though it names the run in MLflow; put it there again, or remove it to go on "
+                "untracked"
+            ) from error
         given = os.environ.get("MLFLOW_TRACKING_URI")
         return replace(link, uri=given) if given and store.shown(given) == link.uri else link
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mmsa_dist import launch, places, stopping, watch, worker
-from mmsa_dist.errors import ConfigError, StoppedError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, StoppedError, TransientError
 from mmsa_dist.recipe import from_dict
+from mmsa_dist.tracking import Link
 
 
 def test_a_rank_that_was_asked_to_end_is_no_failure_to_its_launcher(
@@ -90,3 +91,10 @@ def test_a_node_with_other_versions_than_the_driver_is_named() -> None:
     with pytest.raises(ConfigError, match=r"node .*: torch \S+, the driver has 1\.0; .* same versions there"):
         launch.check_versions({**launch.versions(), "torch": "1.0"})
     assert "+" not in (launch.versions()["torch"] or ""), "a head without GPUs has another build of the same version"
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_link_to_mlflow_is_a_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.json").write_text(content)
+    with pytest.raises(DataError, match=r"mlflow\.json: cannot be read, .* remove it to go on untracked"):
+        Link.load(tmp_path)
