@@ -10,8 +10,13 @@ ELSEWHERE = "this rank's loss is finite"
 """Of a rank that ends because of what another one has met, and names."""
 
 
-def diagnose(folder: Path, outcome: str) -> MmsaError:
-    """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it."""
+def diagnose(folder: Path, outcome: str, printed: str = "") -> MmsaError:
+    """The error behind a failed attempt: what a rank wrote down first; connection errors of its peers come after it.
+
+    Args:
+        outcome: what the launcher saw, '' for nothing.
+        printed: where what the ranks printed lies, '' where only they know.
+    """
     entries = failures(folder)
     if None in entries:
         outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
@@ -29,7 +34,7 @@ def diagnose(folder: Path, outcome: str) -> MmsaError:
             f"its traceback is in {folder / 'failures'}"
         )
     seen = outcome or "the ranks ended without a result"
-    return TransientError(f"{seen}; what the ranks printed is in {folder / 'logs'}")
+    return TransientError(f"{seen}; what the ranks printed is in {printed}" if printed else seen)
 
 
 def failures(folder: Path) -> list[dict[str, Any] | None]:

@@ -58,7 +58,7 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
             if done := stopping.ended(folder):
                 say(f"{done['why']}; saved after step {done['step']:,}, starting again from there")
                 continue
-            error = diagnose(folder, outcome)
+            error = diagnose(folder, outcome, printed=PRINTED.get(recipe.launch.launcher, str(folder / "logs")))
             failed += 1
             if not isinstance(error, TransientError) or failed > recipe.launch.max_failures:
                 raise error
@@ -75,6 +75,10 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def say(sentence: str) -> None:
     """What a person at the driver should know, beside the progress that goes to stdout."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+PRINTED = {"ray": "the logs of Ray's session (/tmp/ray/session_latest/logs of each node)"}
+"""Where what ranks print lies, by launcher, unless it is in the run's folder."""
 
 
 @contextmanager
@@ -198,8 +202,18 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
         trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{secrets.token_hex(3)}")
         beside(trainer.fit, look)
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
-        return f"Ray Train: {type(error).__name__}: {first_line(str(error))}"
+        return _seen_by_ray(error)
     return ""
+
+
+def _seen_by_ray(error: Exception) -> str:
+    """What Ray Train says of the rank that ended first, or of itself: a killed one has died, its peers have raised."""
+    failed: dict[int, Exception] = getattr(error, "worker_failures", None) or {}
+    died = {rank: seen for rank, seen in failed.items() if "HealthCheck" in type(seen).__name__}
+    for rank, seen in sorted((died or failed).items()):
+        why = getattr(seen, "health_check_failure", seen)
+        return f"rank {rank} ended, Ray Train says {type(why).__name__}: {first_line(str(why)).rstrip('.')}"
+    return f"Ray Train: {type(error).__name__}: {first_line(str(error))}"
 
 
 def beside(call: Callable[[], object], look: Callable[[], None]) -> None:
