@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, origin, read_recipe
+from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, no_system, origin, read_recipe
 from shards.remote.url import is_url
 
 TRAIN_HELP = """usage: mmsa-dist train SYSTEM --data FOLDER [--recipe NAME|FILE] [--workers N] [--zero STAGE] [VALUES]
@@ -49,6 +49,8 @@ def train(argv: list[str]) -> int:
     """Entry of `mmsa-dist train`."""
     system, options, overrides = _split(argv)
     if system is None and not options.resume:
+        if argv and not options.help:
+            raise no_system("train", argv, "; `mmsa-dist train --resume RUN` goes on with a run")
         print(TRAIN_HELP)
         return 0 if options.help else 2
     if options.help:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import PACKAGED, Recipe, flatten, load_recipe, origin, recipe_file_of, sourced
+from mmsa_dist.recipe import PACKAGED, Recipe, flatten, load_recipe, no_system, origin, recipe_file_of, sourced
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,6 +51,8 @@ TRAFFIC = {0: 2, 1: 2, 2: 2, 3: 3}
 def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist plan`."""
     system, options, overrides = _split(argv)
+    if system is None and argv and not options.help:
+        raise no_system("plan", argv)
     if system is None or options.help:
         print(PLAN_HELP)
         return 0 if options.help else 2

@@ -118,6 +118,14 @@ def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
     return _validated(recipe_class(values["system"]), values, where)
 
 
+def no_system(command: str, argv: list[str], more: str = "") -> ConfigError:
+    """What to raise where the words of a command do not begin with a system."""
+    return ConfigError(
+        f"no SYSTEM before {argv[0]}: write mmsa-dist {command} SYSTEM --data FOLDER, "
+        f"the systems are those of `mmsa-dist systems`{more}"
+    )
+
+
 def load_recipe(system: str, recipe: str | None, overrides: list[str]) -> Recipe:
     """Defaults, then a YAML recipe, then dotted overrides.
 

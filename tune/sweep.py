@@ -14,7 +14,7 @@ import yaml
 from mmsa_dist import launch, places, run_folder, train
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.follow import Follower
-from mmsa_dist.recipe import Recipe, load_recipe
+from mmsa_dist.recipe import Recipe, load_recipe, no_system
 from shards.mix import AnyIndex
 from shards.progress import console
 from shards.suggest import counted
@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist sweep`."""
     system, options, overrides = _split(argv)
     if system is None:
+        if argv and not options.help:
+            raise no_system("sweep", argv)
         print(HELP)
         return 0 if options.help else 2
     recipe = load_recipe(system, options.recipe, [*overrides, *(["--help"] if options.help else [])])
