@@ -114,7 +114,10 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
     if not saved.is_file():
         raise ConfigError(f"--resume {folder}: there is no run (no recipe.yaml); give a folder under runs/")
     if (folder / "result.json").is_file() and not unrecorded(folder):
-        raise ConfigError(f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}")
+        raise ConfigError(
+            f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}. "
+            f"To train longer begin a new run: mmsa-dist train SYSTEM --data FOLDER --recipe {saved} --epochs N"
+        )
     old = read_recipe(saved)
     if system not in (None, old.system):
         raise ConfigError(f"--resume {folder}: the run trains {old.system!r}, not {system!r}")
