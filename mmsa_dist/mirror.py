@@ -17,7 +17,7 @@ from typing import Any
 from mmsa_dist import checkpoint
 from mmsa_dist.errors import ConfigError, DataError
 from shards.remote.store import Patience, download, filesystem, read, with_patience
-from shards.remote.url import folder_url
+from shards.remote.url import folder_url, is_url
 
 DESCRIPTION = ("recipe.yaml", "data.json", "plan.json", "environment.json", "mlflow.json")
 """Files of a run's folder that a run on another machine goes on with."""
@@ -46,6 +46,11 @@ class Mirror:
     @classmethod
     def of(cls, address: str, folder: Path) -> "Mirror":
         """That of the run in `folder`, below `checkpoint.mirror`."""
+        if not is_url(address):
+            raise ConfigError(
+                f"checkpoint.mirror: {address} is no address; give s3://bucket/folder, gs://bucket/folder, or "
+                f"{Path(address).absolute().as_uri()} for a folder"
+            )
         return cls(f"{folder_url(address)}/{folder.name}")
 
     def describe(self, folder: Path) -> None:
