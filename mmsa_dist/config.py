@@ -164,7 +164,7 @@ class TrainConfig(Strict):
     """Read the test split, once, with the best epoch's weights, at the very end."""
     profile: Annotated[int, tyro.conf.arg(aliases=["--profile"])] = Field(default=0, ge=0)
     """Steps that each rank traces, after three that warm up, into the run's profile/rank-*.json, for Perfetto. The
-    run goes on. Does not change any result."""
+    run goes on once they are written, which takes longer the more they hold. Does not change any result."""
     dry_run: bool = True
     """Before the first step take the epoch's largest batch forward and backward, without learning from it: what does
     not fit stops at once. Does not change any result."""
@@ -176,7 +176,7 @@ class EngineConfig(Strict):
     zero: Annotated[Literal[0, 1, 2, 3], tyro.conf.arg(aliases=["--zero"])] = 1
     """ZeRO stage: 0 keeps all on every rank; 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of weights and activations; fp16 needs a GPU."""
+    """Number format of weights and activations; fp16 needs a GPU, and bf16 is often slower than fp32 on a CPU."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: what a rank's GPU keeps for Adam (moments, weights in fp32) its host keeps, and updates there: slower.
     Needs ZeRO 1, 2 or 3. Does not change any result."""
