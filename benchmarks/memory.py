@@ -199,7 +199,8 @@ def held(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         deepspeed_step()
 
     session.engine.engine.step = step
-    for taken, batches in enumerate(session.loader.train(session.plan(1), dist.get_rank(), dist.get_world_size(), 1)):
+    pieces = (session.rank, session.world, recipe.optim.accumulation)
+    for taken, batches in enumerate(session.loader.train(session.plan(1), *pieces)):
         session.engine.step(batches, lambda p, b: session.system.loss(p, b, session.generator.targets(b, p)))
         if taken:
             break
