@@ -27,6 +27,7 @@ Examples:
 
 OPEN_QUESTIONS = re.compile(r"^(What the paper leaves|Left) open", re.MULTILINE)
 """Begins the part of a system's docstring that is for those who read the code."""
+TASKS = "MTAVF"
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -77,12 +78,13 @@ def list_all() -> int:
     from mmsa_dist.systems import system_names
     from shards.progress import console, remarks
 
-    table = Table("system", "paper", "learns", "labels", "recipes")
+    table = Table("system", "paper", "tasks", "labels", "recipes")
     table.add_column("parameters", justify="right")
     for name in system_names():
         table.add_row(name, *_row(name))
     console.print(table)
     remarks.print(
+        "tasks: M the utterance, T A V one modality each, F of what is fused early; "
         "parameters: at MOSI's widths, without text encoder. mmsa-dist systems SYSTEM shows one; "
         "mmsa-dist train SYSTEM --help every value of its recipe",
         soft_wrap=True,
@@ -92,19 +94,25 @@ def list_all() -> int:
 
 def _row(name: str) -> list[str]:
     """What the list says of a system. A third party's that does not work says why, and does not hide the others."""
+    import torch
+
+    from mmsa_dist import anatomy
     from mmsa_dist.engine import count_parameters
     from mmsa_dist.systems import get_system
 
     try:
         cls: Any = get_system(name)
-        learns = "intensities, classes" if cls.classifies else "intensities"
-        about = [cls.paper or "-", learns, cls.labels, ", ".join(packaged(name)) or "-"]
+        labels, recipes = cls.labels, ", ".join(packaged(name)) or "-"
     except ConfigError as error:
         return [str(error), "-", "-", "-", "-"]
     try:
-        return [*about, f"{count_parameters(built(cls, cls.Config(), 'mosi'))[0]:,}"]
+        system = built(cls, cls.Config(), "mosi")
+        with torch.no_grad():
+            answer = system.eval()(anatomy.made_up(system.spec, anatomy.Trial(1, dict.fromkeys(system.spec.widths, 4))))
+        tasks = " ".join(sorted(answer.tasks, key=TASKS.find)) + (", or classes" if cls.classifies else "")
+        return [cls.paper or "-", tasks, labels, recipes, f"{count_parameters(system)[0]:,}"]
     except Exception as error:  # whatever a third party's constructor does
-        return [*about, f"- ({error})"]
+        return [cls.paper or "-", "-", labels, recipes, f"- ({error})"]
 
 
 def built(cls: "type[System]", config: Strict, data: str) -> "System":

@@ -200,12 +200,20 @@ def test_published_widths() -> None:
 def test_the_list_has_them_all(capsys: pytest.CaptureFixture[str], third_party: Path) -> None:
     """A third party's too; one that does not work does not hide the others."""
     assert main(["systems"]) == 0
-    table = " ".join(capsys.readouterr().out.split())
+    table = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    rows: dict[str, list[str]] = {}
+    row: list[str] = []
+    for first, *others in cells:  # where a cell is broken over lines, the next ones begin with nothing
+        row = rows.setdefault(first, [""] * len(others)) if first else row
+        row[:] = [" ".join(both).strip() for both in zip(row, others, strict=True)]
     for name in SYSTEMS:
-        assert re.search(rf"\b{name}\b", table)
-        system = built(get_system(name), get_system(name).Config(), "mosi")
-        assert f"{sum(p.numel() for p in system.parameters()):,}" in table
-        assert all(data in table for data in packaged(name))
+        cls = get_system(name)
+        system = built(cls, cls.Config(), "mosi")
+        tasks = {"pmr": "M, or classes", "mult": "M, or classes", "ufen_mtfn": "M T A V F"}.get(name, "M T A V")
+        count = f"{sum(p.numel() for p in system.parameters()):,}"
+        assert rows[name] == [cls.paper, tasks, cls.labels, ", ".join(packaged(name)), count]
+    table = " ".join(table.split())
     assert "their_system" in table
     assert "broken" in table and "cannot be" in table
 
@@ -214,12 +222,16 @@ def test_the_list_has_them_all(capsys: pytest.CaptureFixture[str], third_party: 
 def test_the_page_of_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     cls = get_system(name)
     assert main(["systems", name]) == 0
-    page = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    page = " ".join(printed.split())
     assert page.startswith(f"{name}: {cls.paper}")
     assert " ".join(forward(cls).split()) in page
-    for key, (_, source) in sourced(recipe_file(name, "mosi")).items():
+    shown = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in printed.splitlines() if "│" in line}
+    for key, (value, source) in sourced(recipe_file(name, "mosi")).items():
         assert key in page or key == "system"
         assert not source or source.split()[0] in page
+        if isinstance(value, str | int | float) and key != "system":
+            assert shown[key] == (str(value).lower() if isinstance(value, bool | str) else f"{value:g}"), key
     for each in switches(cls.Config):
         assert each.flag in page
     assert ("--labels.generator " + "|".join(label_generator_names()) in page) == (cls.labels != "none")
