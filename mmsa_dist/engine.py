@@ -303,6 +303,8 @@ class Engine:
         return losses.within(self._mean_over_ranks(losses.means) if means is None else means)
 
     def _mean_over_ranks(self, row: Tensor) -> Tensor:
+        if dist.get_world_size() == 1:
+            return row
         mean = row / dist.get_world_size()
         dist.all_reduce(mean)
         return mean

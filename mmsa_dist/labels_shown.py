@@ -18,6 +18,7 @@ from shards import picture
 from shards.utterance import UNIMODAL_TASK
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
     from mmsa_dist.labels import Labels
@@ -128,27 +129,32 @@ def write_csv(labels: "Labels", path: Path) -> None:
 
 
 def draw(labels: "Labels", title: str, path: Path) -> None:
-    """Writes the picture: y_m to the right, y_s up, a panel a modality; what changed sign in another colour.
+    """Writes the picture.
 
     Raises:
         TransientError: it cannot be written.
     """
+    try:
+        figure(labels, title).savefig(path, dpi=120)
+    except OSError as error:
+        raise TransientError(f"--picture {path}: cannot be written: {error.strerror or error}") from error
+
+
+def figure(labels: "Labels", title: str) -> "Figure":
+    """y_m to the right, y_s up, a panel a modality; what changed sign in another colour."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(labels.labels), 4.4), layout="constrained")
-    figure.suptitle(title)
+    picture = Figure(figsize=(4 * len(labels.labels), 4.4), layout="constrained")
+    picture.suptitle(title)
     low, high = np.nanmin(labels.truth), np.nanmax(labels.truth)
-    panels = figure.subplots(1, len(labels.labels), squeeze=False)[0]
+    panels = picture.subplots(1, len(labels.labels), squeeze=False)[0]
     for axes, (task, values), changed in zip(panels, labels.labels.items(), turned(labels), strict=True):
         for rows, colour, name in ((~changed, "C0", "sign as y_m"), (changed, "C3", "other sign")):
             axes.scatter(labels.truth[rows], values[rows], s=8, alpha=0.5, color=colour, linewidths=0, label=name)
         axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
         axes.set(title=_modality(task), xlabel="y_m", ylabel=f"y_{task.lower()}")
     panels[0].legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise TransientError(f"--picture {path}: cannot be written: {error.strerror or error}") from error
+    return picture
 
 
 def _modality(task: str) -> str:

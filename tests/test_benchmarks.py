@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import webdataset
 import yaml
 
-from benchmarks import parts, peer, real, render, stall, systems
+from benchmarks import parts, peer, real, render, stall, steps, systems, training
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
@@ -350,3 +351,32 @@ def test_stall_trains(tmp_path: Path) -> None:
     for rank in stall.trained("self_mm", words, tmp_path / "run", world=2, epochs=2):
         assert len(rank["waiting"]) == len(rank["resident"]) == 2
         assert all(0 <= waited < whole for waited, whole in zip(rank["waiting"], rank["loaded"], strict=True))
+
+
+def test_the_bare_loop_learns_the_same(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    """Else its time would be that of something else; and each of our epochs has one of its own beside it."""
+    told = told_of_training(tmp_path, epochs=2, stages=[0, 1])
+    found = ranks(training.both_loops, 2, told)[0]
+    assert found["unit"] == "CPU second" and set(found["stages"]) == {"0", "1"}
+    for stage in found["stages"].values():
+        assert len(stage["ours"]) == len(stage["bare"]) == 2 and min(stage["ours"] + stage["bare"]) > 0
+        assert len(stage["losses"]) == training.SAME_LOSSES
+        assert all(ours == pytest.approx(bare, abs=1e-5) for ours, bare in stage["losses"])
+
+
+def test_a_step_is_taken_apart(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    """Collectives are part of a step's time, and there are none at one rank."""
+    alone = ranks(steps.step_costs, 1, told_of_training(tmp_path, ranks=1, steps=2))[0]["stages"]
+    both = ranks(steps.step_costs, 2, told_of_training(tmp_path, steps=2))[0]["stages"]
+    assert set(both) == {"0", "1", "2", "3"}
+    assert all(stage["alone"] == 0 for stage in alone.values())
+    for stage in both.values():
+        assert stage["alone"] > 0 and stage["collectives"] > 0 and stage["cpu"] > 0 and stage["wall"] > 0
+
+
+def told_of_training(folder: Path, ranks: int = 2, **more: Any) -> dict[str, Any]:
+    data = folder / "data"
+    if not data.exists():
+        pack(TinySource(60), data)
+    words = ["--data", str(data), "--tracking.no-enabled", "--engine.precision", "fp32", "--batch-size", "8"]
+    return {"system": "self_mm", "words": words, "ranks": ranks, "place": str(folder), **more}

@@ -17,7 +17,7 @@ from rich.console import Console
 from mmsa_dist import checkpoint, labels, run_folder
 from mmsa_dist.__main__ import main
 from mmsa_dist.labels import Labels
-from mmsa_dist.labels_shown import case_table, cases, moves, turned
+from mmsa_dist.labels_shown import case_table, cases, figure, moves, turned
 from mmsa_dist.portable import MOMENTS, State
 from mmsa_dist.session import open_index, stable_id, train_tables
 from shards.utterance import Utterance
@@ -93,6 +93,26 @@ def test_a_finished_run_shows_its_labels(
             assert cell == "" if cell == "" else float(cell) == pytest.approx(wanted, abs=1e-5)
     source = TinySource(60, absent=0.2)
     assert lacking == sum(3 - len(source.read("train", n).modalities) for n in range(36)) > 0
+
+
+def test_the_picture_has_each_label_beside_the_samples_own() -> None:
+    """Two of audio's four change sign, one of vision's is missing; by hand."""
+    truth = np.array([-1.0, 0.5, 2.0, -2.0], np.float32)
+    made = {
+        "A": np.array([-0.8, -0.2, 1.5, 0.3], np.float32),
+        "V": np.array([-1.1, 0.6, np.nan, -1.9], np.float32),
+    }
+    drawn = figure(Labels(list("abcd"), truth, made, 3.0, None, np.full(4, -1)), "a run")
+    assert drawn.get_suptitle() == "a run"
+    panels = {axes.get_title(): axes for axes in drawn.axes}
+    assert list(panels) == ["audio", "vision"]
+    same, other = (part.get_offsets().data.tolist() for part in panels["audio"].collections)
+    np.testing.assert_allclose(same, [(-1.0, -0.8), (2.0, 1.5)], atol=1e-6)
+    np.testing.assert_allclose(other, [(0.5, -0.2), (-2.0, 0.3)], atol=1e-6)
+    same, other = (part.get_offsets() for part in panels["vision"].collections)
+    assert np.isfinite(np.ma.filled(same, np.nan)).all(1).sum() == 3 and len(other) == 0
+    assert (panels["audio"].get_xlabel(), panels["audio"].get_ylabel()) == ("y_m", "y_a")
+    assert [text.get_text() for text in panels["audio"].get_legend().get_texts()] == ["sign as y_m", "other sign"]
 
 
 def test_a_mix_tells_the_samples_of_its_sets_apart(

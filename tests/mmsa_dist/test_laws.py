@@ -13,14 +13,16 @@ import yaml
 
 from mmsa_dist import run_folder
 from mmsa_dist.recipe import Recipe, from_dict
-from mmsa_dist.systems import get_system
+from mmsa_dist.systems import get_system, system_names
 from shards.index import Index
 from tests.data import packed
 from tests.mmsa_dist.batches import SMALL
 
 SYSTEMS = ("ufen_mtfn", "self_mm")
 """On these, one with a label generator and one without, everything is tried."""
-OTHERS = ("tam_ulag", "iam", "sugrm", "mult", "pmr")
+OTHERS = tuple(
+    name for name in system_names() if name not in SYSTEMS and get_system(name).__module__.startswith("mmsa_dist.")
+)
 STAGES = (0, 1, 2, 3)
 
 
@@ -234,7 +236,7 @@ def test_evaluation_does_not_depend_on_ranks(
 @pytest.mark.parametrize(
     ("system", "stage"),
     [("ufen_mtfn", 1), ("ufen_mtfn", 3), ("self_mm", 0), ("self_mm", 2)]
-    + [pytest.param(system, 2, marks=pytest.mark.slow) for system in OTHERS],
+    + [pytest.param(s, 2, marks=[] if get_system(s).labels != "none" else pytest.mark.slow) for s in OTHERS],
 )
 def test_a_restart_is_invisible(ranks: Callable[..., Any], data: Path, tmp_path: Path, system: str, stage: int) -> None:
     """Law 3: stopped in epoch 2 after a checkpoint in mid-epoch; bitwise at the same world size, 1e-5 at another.

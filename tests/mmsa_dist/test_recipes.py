@@ -105,6 +105,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.vision_attention_dropout": 0.0, "model.relu_dropout": 0.0, "model.residual_dropout": 0.2,
         "model.embedding_dropout": 0.1, "model.output_dropout": 0.1,
     },
+    # Cai et al., section "experiment settings" and tables 7 and 10
+    **{
+        f"ufen_mtfn.{data}": {"model.layers": 2, "model.unimodal_targets": "multimodal", "train.patience": 8}
+        for data in ("mosi", "mosei", "sims")
+    },
     "mult.iemocap": {
         "data.batch_size": 32, "optim.lr": (5e-5, 2e-3, 2e-3, 2e-3), "optim.clip": 0.8, "model.width": 40,
         "model.heads": 10, "model.layers": 4, "model.text_kernel": 3, "model.audio_kernel": 5,
@@ -170,6 +175,27 @@ def test_it_has_the_published_values(name: str) -> None:
         groups = tuple(value for flat, value in values.items() if flat.startswith(f"{key}."))
         assert (groups or values[key]) == wanted, key
     assert recipe.optim.name == "adam"
+
+
+@pytest.mark.parametrize("data", ["mosi", "mosei", "sims"])
+def test_ufen_mtfn_learns_as_fast_as_its_paper(data: str) -> None:
+    recipe = from_dict(yaml.safe_load((PACKAGED / f"ufen_mtfn.{data}.yaml").read_text()))
+    assert {recipe.optim.lr.audio, recipe.optim.lr.vision, recipe.optim.lr.rest} == {5e-3}
+
+
+PMR_RANGES = {
+    "data.batch_size": (16, 128), "optim.lr.rest": (1e-3, 2e-3), "model.layers": (1, 6), "model.width": (30, 64),
+    "model.heads": (5, 10), "model.text_kernel": (1, 5), "model.audio_kernel": (1, 5), "model.vision_kernel": (1, 5),
+    "optim.clip": (0.8, 0.8),
+}  # fmt: skip
+"""Within which the paper's values lie, which its text as available does not give one by one."""
+
+
+@pytest.mark.parametrize("data", ["mosi", "mosei", "sims", "iemocap"])
+def test_pmr_is_within_the_ranges_of_its_paper(data: str) -> None:
+    values = flatten(from_dict(yaml.safe_load((PACKAGED / f"pmr.{data}.yaml").read_text())))
+    for key, (low, high) in PMR_RANGES.items():
+        assert low <= values[key] <= high, key
 
 
 @pytest.mark.parametrize("system", OURS)
