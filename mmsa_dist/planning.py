@@ -27,7 +27,7 @@ often a checkpoint is worth its time.
 
   --mtbf HOURS      mean time between failures of the whole job, for the checkpoint interval (default: 24)
   --memory GIB      memory of one rank; unset: this machine's GPU, else its memory shared by the workers
-  --runs-dir FOLDER where runs would go; the writing speed is measured there (default: runs)
+  --runs-dir FOLDER where runs would go; how fast it is written is measured there (default: runs)
   --brief           leave out the table of values
   --json            the same as one JSON object
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     found = needs(recipe, index, options.memory)
     found |= {
         "arithmetic": arithmetic(recipe, index),
-        "checkpoint": checkpoints(found["sizes"], options.mtbf, Path(options.runs_dir)),
+        "checkpoint": checkpoints(found["sizes"], options.mtbf, Path(options.runs_dir), parts(recipe)),
         "cluster": cluster(recipe),
     }
     if options.json:
@@ -169,23 +169,40 @@ def _memory(recipe: Recipe) -> tuple[float, str]:
     return total / recipe.launch.workers, SHARED
 
 
-def checkpoints(sizes: "Sizes", mtbf: float, runs_dir: Path) -> dict[str, Any]:
-    """Bytes of a checkpoint, seconds that it takes here, and seconds between two that lose the least.
+def checkpoints(sizes: "Sizes", mtbf: float, runs_dir: Path, parts: int = 1) -> dict[str, Any]:
+    """Bytes of a checkpoint, seconds for which training stands still and in which it is written beside, and seconds
+    between two that lose the least.
 
-    Source of the interval: Young 1974, Daly 2006: sqrt(2 C M), C the time of a checkpoint, M the mean time between
-    failures.
+    Source of the interval: Young 1974, Daly 2006: sqrt(2 C M), C the time that a checkpoint costs, M the mean time
+    between failures; but not before the last one is written.
+
+    Args:
+        parts: ranks that copy a part each.
     """
     from mmsa_dist.memory import checkpoint_bytes
 
-    size, speed = checkpoint_bytes(sizes), writing_speed(runs_dir)
-    seconds = size / speed
+    size = checkpoint_bytes(sizes)
+    still, seconds = size / parts / copying_speed(), size / writing_speed(runs_dir)
     return {
         "bytes": size,
-        "bytes_per_second": speed,
+        "still_seconds": still,
         "seconds": seconds,
         "mtbf_hours": mtbf,
-        "interval_seconds": math.sqrt(2 * seconds * mtbf * 3600),
+        "interval_seconds": max(math.sqrt(2 * still * mtbf * 3600), seconds),
     }
+
+
+def parts(recipe: Recipe) -> int:
+    """Ranks among which a checkpoint's numbers are divided: at stage 0 the first one copies them all."""
+    return recipe.launch.workers if recipe.engine.zero else 1
+
+
+def copying_speed() -> float:
+    """Bytes a second of this machine's memory, into what was not used before."""
+    data = bytearray(PROBE)
+    began = time.perf_counter()
+    bytes(data)
+    return len(data) / (time.perf_counter() - began)
 
 
 def writing_speed(folder: Path) -> float:
@@ -305,11 +322,16 @@ def _checkpoint_lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
     now += [f"every {_duration(saving.every_seconds)}"] if saving.every_seconds else []
     now += [f"every {saving.every_steps} steps"] if saving.every_steps else []
     return [
-        f"checkpoint: {size_text(found['bytes'])}, {found['seconds']:.1f} s here "
-        f"({size_text(found['bytes_per_second'])}/s); with a failure every {found['mtbf_hours']:g} h one every "
+        f"checkpoint: {size_text(found['bytes'])}; here training stands still for {_seconds(found['still_seconds'])} while "
+        f"each rank copies its part, and it is written beside it in {_seconds(found['seconds'])}; "
+        f"with a failure every {found['mtbf_hours']:g} h one every "
         f"{_duration(found['interval_seconds'])} loses the least (Young/Daly; "
         f"--checkpoint.every-seconds); this recipe saves {', '.join(now)}"
     ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
 
 
 def _duration(seconds: float) -> str:

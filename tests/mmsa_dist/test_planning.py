@@ -87,10 +87,15 @@ def test_an_optimizer_on_the_host_is_the_hosts(data: Path, capsys: pytest.Captur
 
 
 def test_the_interval_is_young_and_dalys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sqrt(2 C M): a checkpoint of 50 s and a failure every 100 h make 100 minutes."""
-    monkeypatch.setattr("mmsa_dist.planning.writing_speed", lambda folder: 12e9 / 50)
-    found = checkpoints(Sizes({"rest": 10**9}, 0, 1), 100.0, tmp_path)
-    assert found["seconds"] == pytest.approx(50) and found["interval_seconds"] == pytest.approx(6000)
+    """sqrt(2 C M): to stand still for 50 s and a failure every 100 h make 100 minutes; four ranks halve them."""
+    monkeypatch.setattr("mmsa_dist.planning.copying_speed", lambda: 12e9 / 50)
+    monkeypatch.setattr("mmsa_dist.planning.writing_speed", lambda folder: 12e9 / 500)
+    sizes = Sizes({"rest": 10**9}, 0, 1)
+    found = checkpoints(sizes, 100.0, tmp_path)
+    assert found["still_seconds"] == pytest.approx(50) and found["interval_seconds"] == pytest.approx(6000)
+    assert checkpoints(sizes, 100.0, tmp_path, 4)["interval_seconds"] == pytest.approx(3000)
+    monkeypatch.setattr("mmsa_dist.planning.writing_speed", lambda folder: 12e9 / 9000)
+    assert checkpoints(sizes, 100.0, tmp_path)["interval_seconds"] == pytest.approx(9000), "one is still being written"
 
 
 @pytest.mark.parametrize(
