@@ -1,6 +1,7 @@
 """Why an attempt failed, of what its ranks wrote down and its launcher saw."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from mmsa_dist.errors import ConfigError, DataError, MmsaError, TrainingError, T
 
 ELSEWHERE = "this rank's loss is finite"
 """Of a rank that ends because of what another one has met, and names."""
+
+ROOM = 16_384
+"""Bytes; what a disk that is full has left at times."""
 
 
 def diagnose(folder: Path, outcome: str, printed: str = "") -> MmsaError:
@@ -19,7 +23,7 @@ def diagnose(folder: Path, outcome: str, printed: str = "") -> MmsaError:
     """
     entries = failures(folder)
     if None in entries:
-        outcome = f"{outcome or 'a rank failed'} and could not write down why (is the disk full?)"
+        outcome = f"{outcome or 'a rank failed'} and could not write down why"
     if own := written_down(folder):
         kinds: dict[int, type[MmsaError]] = {
             cls.exit_code: cls for cls in (ConfigError, DataError, TransientError, TrainingError)
@@ -34,7 +38,18 @@ def diagnose(folder: Path, outcome: str, printed: str = "") -> MmsaError:
             f"its traceback is in {folder / 'failures'}"
         )
     seen = outcome or "the ranks ended without a result"
+    if full(folder):
+        return TransientError(
+            f"{folder}: no space left on its disk: {seen}. Free space, then go on with --resume, or begin anew in "
+            "another --runs-dir"
+        )
     return TransientError(f"{seen}; what the ranks printed is in {printed}" if printed else seen)
+
+
+def full(folder: Path) -> bool:
+    """Whether the disk has no room for so much as a sentence."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize < ROOM
 
 
 def failures(folder: Path) -> list[dict[str, Any] | None]:

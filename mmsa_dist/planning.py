@@ -322,8 +322,8 @@ def _checkpoint_lines(found: dict[str, Any], recipe: Recipe) -> list[str]:
     now += [f"every {_duration(saving.every_seconds)}"] if saving.every_seconds else []
     now += [f"every {saving.every_steps} steps"] if saving.every_steps else []
     return [
-        f"checkpoint: {size_text(found['bytes'])}; here training stands still for {_seconds(found['still_seconds'])} while "
-        f"each rank copies its part, and it is written beside it in {_seconds(found['seconds'])}; "
+        f"checkpoint: {size_text(found['bytes'])}; here training stands still for {_seconds(found['still_seconds'])} "
+        f"while each rank copies its part, and it is written beside it in {_seconds(found['seconds'])}; "
         f"with a failure every {found['mtbf_hours']:g} h one every "
         f"{_duration(found['interval_seconds'])} loses the least (Young/Daly; "
         f"--checkpoint.every-seconds); this recipe saves {', '.join(now)}"

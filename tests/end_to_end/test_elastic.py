@@ -67,6 +67,11 @@ class Cluster:
                     process.kill()
             node.wait()
 
+    def kill_raylet(self, node: subprocess.Popen[bytes]) -> None:
+        """kill -9 of a node's raylet alone."""
+        (raylet,) = (p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet")
+        raylet.kill()
+
     def close(self) -> None:
         for node in reversed(self.nodes):
             self.kill(node)
@@ -114,6 +119,26 @@ def test_ranks_go_and_come_with_the_nodes(zero: int, words: list[str], cluster: 
     for event in read_events(alone.folder):
         if event["event"] == "epoch" and event["epoch"] in losses:
             assert losses[event["epoch"]] == pytest.approx(event["train_loss"], rel=1e-3), event["epoch"]
+
+
+@pytest.mark.fault
+@pytest.mark.ray
+def test_a_killed_raylet_is_invisible(
+    words: list[str], undisturbed: dict[str, Any], cluster: Cluster, tmp_path: Path
+) -> None:
+    """A fixed number of ranks waits for room again and goes on where the last checkpoint was: the same to the bit."""
+    second = cluster.join()
+    cluster.wait(2)
+    run = Run(tmp_path / "raylet", *words, "--workers", "2", "--address", cluster.address)
+    try:
+        run.until_epoch(2)
+        cluster.kill_raylet(second)
+        cluster.join()
+        assert run.result() == undisturbed
+    finally:
+        run.kill()
+    assert ranks(run) == [2, 2]
+    assert "starting again" in run.output and "Traceback" not in run.output
 
 
 def begun_by(run: Run, worlds: list[int], event: dict[str, Any]) -> bool:
