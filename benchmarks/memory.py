@@ -26,15 +26,16 @@ ENCODERS = {"110 M": (12, 768), "1 B": (18, 2048)}
 """Parameters -> layers and width."""
 ROOM = 0.8
 """Of this machine's memory; the rest is for imports, activations and a system that is being divided."""
-SYSTEMS = ("tam_ulag", "iam", "pmr", "ufen_mtfn", "self_mm", "sugrm", "mult")
+SYSTEMS = ("tam_ulag", "self_mm", "pmr")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="in fp32 (default: all)")
-    parser.add_argument("--narrow", nargs="*", default=["tam_ulag"], help="systems in bf16 too (default: %(default)s)")
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), help="in fp32 (default: %(default)s)")
+    parser.add_argument("--narrow", nargs="*", default=["tam_ulag"], help="in bf16 too (default: %(default)s)")
     parser.add_argument("--large", nargs="*", default=["self_mm"], help="in bf16 behind 1 B (default: %(default)s)")
+    parser.add_argument("--name", default="memory", help="of the result's file (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("--ranks-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
         print(each.title, table(each.head, each.rows), sep="\n")
     print(table(["", "measured", "wanted", "how"], [[r.what, measured(vars(r)), wanted(vars(r)), r.how] for r in rows]))
     if not options.no_record:
-        record("memory", rows, raw={"runs": found}, tables=tables)
+        record(options.name, rows, raw={"runs": found}, tables=tables)
     return None
 
 
