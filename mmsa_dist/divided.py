@@ -64,7 +64,9 @@ def divide(system: System, config: dict[str, Any], dtype: torch.dtype, device: t
         if own:
             deepspeed.zero.Init(module=nn.ParameterList(own), config_dict_or_path=config, dtype=dtype)
         for name, buffer in module.named_buffers(recurse=False):
-            whole = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            whole = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            if not buffer.is_meta:
+                whole.copy_(buffer)
             _broadcast(whole)
             module.register_buffer(name, whole, persistent=name not in module._non_persistent_buffers_set)
 
