@@ -18,7 +18,8 @@ from benchmarks.record import ROOT, Row, record
 
 COMMAND = [sys.executable, "-m", "mmsa_dist"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-LAUNCHERS = {"ray": "Ray Train", "local": "the local launcher"}
+LAUNCHERS = {"ray": ("Ray Train", 20.0), "local": ("the local launcher", 6.0)}
+"""Name for a person, and within how many seconds the first step is wanted."""
 SAMPLES = 300
 """Size of the data set; the time to the first step does not depend on it."""
 
@@ -45,7 +46,7 @@ def main() -> None:
         data = Path(folder) / "shards"
         pack = ["pack", "generated", "--like", "mosi", "--samples", str(SAMPLES), "--out", str(data)]
         subprocess.run([*COMMAND, *pack], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        for launcher, name in LAUNCHERS.items():
+        for launcher, (name, bound) in LAUNCHERS.items():
             times = [first_step_seconds(launcher, options.workers, data) for _ in range(1 + options.repeats)][1:]
             raw[launcher] = times
             rows.append(
@@ -53,8 +54,9 @@ def main() -> None:
                     what=f"`mmsa-dist train` to the first step, {options.workers} ranks under {name}",
                     value=statistics.median(times),
                     unit="s",
+                    wanted=f"<= {bound:.0f} s",
                     how=f"median of {len(times)} after 1",
-                    headline=True,
+                    met=statistics.median(times) <= bound,
                 )
             )
     for row in rows:

@@ -18,6 +18,7 @@ from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, Tr
 from mmsa_dist.follow import Follower
 from mmsa_dist.ledger import account
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
+from mmsa_dist.run_log import logged
 from mmsa_dist.stopping import Requests
 from shards.mix import AnyIndex, Mix
 from shards.quarantine import damaged
@@ -116,12 +117,13 @@ def begun(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
     Raises:
         ConfigError: as `begin`, or another process trains it.
     """
-    with ExitStack() as held:
+    with logged() as log, ExitStack() as held:
         if folder is not None:
             held.enter_context(run_folder.locked(folder))
         started = begin(recipe, index, folder, runs_dir, name)
         if folder is None:
             held.enter_context(run_folder.locked(started))
+        log.into(started)
         yield started
 
 

@@ -1,6 +1,7 @@
 """Runs as users start them, and what happens to them when processes die: real processes, real kills."""
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -31,9 +32,18 @@ def test_a_killed_rank_is_invisible(words: list[str], undisturbed: dict[str, Any
     assert "Traceback" not in run.output
     epochs = [e["epoch"] for e in read_events(run.folder) if e["event"] == "epoch"]
     assert sorted(set(epochs)) == list(range(1, EPOCHS + 1))
+    log = (run.folder / "run.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .", line) for line in log)
+    assert sorted(line[21:] for line in log) == sorted(line.rstrip() for line in said(run) if line.strip())
     booked = spent(run)
     assert booked["restarts"] == 1 and booked["restart_s"] > 1 and booked["lost_s"] > 0
     assert f"time {booked['wall_s']:.0f} s (1 restart): " in run.output
+
+
+def said(run: Run) -> list[str]:
+    """What it printed from where it had a folder on."""
+    lines = run.output.splitlines()
+    return lines[next(n for n, line in enumerate(lines) if line.startswith("run ")) :]
 
 
 @two_cpus
