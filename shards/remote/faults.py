@@ -53,12 +53,22 @@ class CutShortError(Exception):
     """The bytes ended early, and nothing says that this is all there is. Its text is the clause."""
 
 
+class RefusedError(Exception):
+    """What a server said, told by whoever knows its words."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.what)
+        self.fault = fault
+
+
 def fault_of(error: BaseException) -> Fault:
     """What `error`, from fsspec or a library below it, says about the server."""
     if isinstance(error, BadBytesError):  # perhaps on the way: once more, but no more than that
         return Fault(f"{error}; copy it there again or pack again", DataError, tries=2)
     if isinstance(error, CutShortError):
         return Fault(str(error))
+    if isinstance(error, RefusedError):
+        return error.fault
     chain = list(_chain(error))
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     status = next((status for link in chain if (status := _status(link))), None)

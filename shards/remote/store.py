@@ -24,7 +24,7 @@ _dice = random.Random()
 PIECE = 1 << 20
 """Bytes handed on at a time."""
 
-_SLOWEST = 64 << 10
+SLOWEST = 64 << 10
 """Bytes a second, over a whole object: below that a server counts as silent, however steadily it drips."""
 
 _Result = TypeVar("_Result")
@@ -81,7 +81,7 @@ def download(url: str, size: int, sha256: str, begin: Callable[[], None], write:
         begin()
         digest, received = hashlib.sha256(), 0
         stream = Stream(url, silence)
-        for piece in stream.pieces(deadline=time.monotonic() + 4 * silence + size / _SLOWEST):
+        for piece in stream.pieces(deadline=time.monotonic() + 4 * silence + size / SLOWEST):
             received += len(piece)
             if received > size:
                 raise BadBytesError(
@@ -112,7 +112,7 @@ def read(url: str, limit: int) -> bytes:
 
     def attempt() -> bytes:
         parts, received = [], 0
-        for piece in Stream(url, silence).pieces(deadline=time.monotonic() + 4 * silence + limit / _SLOWEST):
+        for piece in Stream(url, silence).pieces(deadline=time.monotonic() + 4 * silence + limit / SLOWEST):
             received += len(piece)
             if received > limit:
                 raise DataError(f"{url}: is larger than {limit:,} bytes; it is not what it is taken for")
@@ -237,11 +237,15 @@ _making = Lock()
 @lru_cache(maxsize=8)
 def _filesystem(scheme: str, process: int, silence: float) -> Any:
     try:
+        if scheme == "gs":
+            from shards.remote.google import GoogleStorage
+
+            return GoogleStorage(_filesystem("https", process, silence), silence)
         import fsspec
 
         fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme, silence))
     except ImportError:
-        package = {"s3": "'mmsa-dist[s3]'", "gs": "gcsfs"}.get(scheme, "'fsspec[http]'")
+        package = {"s3": "'mmsa-dist[s3]'", "gs": "'mmsa-dist[gs]'"}.get(scheme, "'fsspec[http]'")
         raise ConfigError(f"{scheme}:// needs a package that is not installed: pip install {package}") from None
     if scheme == "s3":
         fs.retries = 1

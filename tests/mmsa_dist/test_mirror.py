@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket, on a real S3 endpoint: what is whole comes back, what is not is said, nobody waits."""
+"""Checkpoints in a bucket, on real endpoints: what is whole comes back, what is not is said, nobody waits."""
 
 import os
 import shutil
@@ -14,7 +14,8 @@ from mmsa_dist.checkpoint import Checkpoint
 from mmsa_dist.errors import ConfigError, DataError, TransientError
 from mmsa_dist.mirror import Mirror, Sender
 from mmsa_dist.portable import MOMENTS, State
-from tests.shards.remote.servers import BUCKET, Bucket, s3
+from shards.remote import store
+from tests.shards.remote.servers import BUCKET, Bucket, google, s3
 
 ADDRESS = f"s3://{BUCKET}/runs/one"
 
@@ -173,3 +174,26 @@ def test_a_folder_is_a_mirror_too(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "recipe.yaml").read_text() == "system: self_mm\n"
     shutil.rmtree(tmp_path / "shared")
     assert mirror.steps() == set()
+
+
+def test_a_bucket_of_google_is_a_mirror_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMSA_REMOTE_BACKOFF", "0.01")
+    store._filesystem.cache_clear()
+    with google() as bucket:
+        bucket.tell(monkeypatch)
+        mirror = Mirror.of(f"gs://{BUCKET}/runs of may", described(tmp_path))
+        assert mirror.steps() == set()
+        mirror.describe(tmp_path)
+        for step in (1, 2, 3, 3):
+            mirror.put(write(tmp_path / "run", step, 1), step)
+        mirror.keep({1, 3})
+        assert mirror.steps() == {1, 3} and mirror.restore(tmp_path / "new") == 3
+        mirror.bring_description(tmp_path / "new")
+        assert (tmp_path / "new" / "recipe.yaml").read_text() == "system: self_mm\n"
+        folders = {name.split("/")[3] for name in bucket.names() if "/checkpoints/" in name}
+        assert folders == {"step-00000001", "step-00000003"}
+        with pytest.raises(DataError, match=r"there is no bucket 'none' \(HTTP 404\)"):
+            Mirror("gs://none/runs").describe(tmp_path)
+    with pytest.raises(TransientError, match="the connection is refused; 5 tries"):
+        mirror.steps()
+    store._filesystem.cache_clear()

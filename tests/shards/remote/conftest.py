@@ -1,11 +1,11 @@
-"""A cache and short pauses for each test; one S3 endpoint for all of a file."""
+"""A cache and short pauses for each test; one S3 endpoint, or one of Google's, for all of a file."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.shards.remote.servers import Bucket, s3
+from tests.shards.remote.servers import Bucket, GoogleBucket, google, s3
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,9 @@ def bucket(endpoint: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     endpoint.tell(monkeypatch)
     endpoint.gets.clear()
     return endpoint
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[GoogleBucket]:
+    with google() as bucket:
+        yield bucket

@@ -1,5 +1,7 @@
-"""Servers on loopback to fetch from: a real S3 endpoint (moto's), and a web server that misbehaves when told to."""
+"""Servers on loopback to fetch from: a real S3 endpoint (moto's), a Google Cloud Storage (gcp-storage-emulator's), and
+a web server that misbehaves when told to."""
 
+import json
 import logging
 import os
 import re
@@ -14,6 +16,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -57,15 +61,73 @@ class Bucket:
 
 
 class _Counting(logging.Handler):
-    """Counts GETs in the server's own log."""
+    """Counts GETs in the server's own log, of what the pattern describes."""
 
-    def __init__(self, gets: Callable[[str], None]) -> None:
+    def __init__(self, pattern: str, gets: Counter[str]) -> None:
         super().__init__()
-        self._gets = gets
+        self._pattern, self._gets = re.compile(rf"GET {pattern} HTTP"), gets
 
     def emit(self, record: logging.LogRecord) -> None:
-        if found := re.search(rf"GET /{BUCKET}/(\S+) HTTP", record.getMessage()):
-            self._gets(found[1])
+        if found := self._pattern.search(record.getMessage()):
+            self._gets[unquote(found[1])] += 1
+
+
+class GoogleBucket:
+    """A bucket on a Google Cloud Storage of our own; `gets` counts what was downloaded, by name."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.gets: Counter[str] = Counter()
+        self.endpoint = endpoint
+        self._ask("POST", "/storage/v1/b", json.dumps({"name": BUCKET}).encode(), "application/json")
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """The address of the folder in the bucket."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+        return f"gs://{BUCKET}/{prefix}"
+
+    def put(self, name: str, data: bytes) -> None:
+        place = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quote(name, safe='')}"
+        self._ask("POST", place, data, "application/octet-stream")
+
+    def get(self, name: str) -> bytes:
+        return self._ask("GET", f"/download/storage/v1/b/{BUCKET}/o/{quote(name, safe='')}")
+
+    def names(self) -> set[str]:
+        listed = json.loads(self._ask("GET", f"/storage/v1/b/{BUCKET}/o"))
+        return {item["name"] for item in listed.get("items", [])}
+
+    def tell(self, environment: pytest.MonkeyPatch) -> None:
+        """What a user sets."""
+        environment.setenv("STORAGE_EMULATOR_HOST", self.endpoint)
+
+    def _ask(self, method: str, place: str, data: bytes | None = None, kind: str = "") -> bytes:
+        request = Request(self.endpoint + place, data, {"Content-Type": kind} if data else {}, method=method)
+        with urlopen(request, timeout=60) as answer:
+            return bytes(answer.read())
+
+
+@contextmanager
+def google() -> Iterator[GoogleBucket]:
+    """A running emulator, in a thread."""
+    from gcp_storage_emulator.server import create_server
+
+    log = logging.getLogger("gcp_storage_emulator.server")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    server = create_server("127.0.0.1", 0, in_memory=True)
+    server._api.daemon = True
+    server.start()
+    bucket = GoogleBucket(f"http://127.0.0.1:{server._api._httpd.server_port}")
+    handler = _Counting(rf"/storage/v1/b/{BUCKET}/o/(\S+)\?alt=media", bucket.gets)
+    log.addHandler(handler)
+    try:
+        yield bucket
+    finally:
+        log.removeHandler(handler)
+        server.stop()
+        threading.Thread.join(server._api)
 
 
 @contextmanager
@@ -80,7 +142,7 @@ def s3() -> Iterator[Bucket]:
     server.start()
     host, port = server.get_host_and_port()
     bucket = Bucket(f"http://{host}:{port}")
-    handler = _Counting(lambda key: bucket.gets.update([key]))
+    handler = _Counting(rf"/{BUCKET}/(\S+)", bucket.gets)
     log.addHandler(handler)
     try:
         yield bucket
@@ -114,6 +176,10 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):
             answer(self, path.read_bytes())
 
+    def do_POST(self) -> None:
+        self.server.posted.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.do_GET()
+
     def head(self, code: int, length: int | None, **headers: str) -> None:
         self.send_response(code)
         if length is None:
@@ -136,6 +202,7 @@ class Web(ThreadingHTTPServer):
     Attributes:
         script: name -> answers to come, the last of them for ever.
         gets: requests, by name.
+        posted: what came with them.
         latency: seconds before each answer.
         connections: how often somebody connected, whatever was said then.
         peak: most requests that waited for their answer at the same time.
@@ -155,6 +222,7 @@ class Web(ThreadingHTTPServer):
         self.folder = folder
         self.script: dict[str, list[Answer]] = {}
         self.gets: Counter[str] = Counter()
+        self.posted: list[bytes] = []
         self.latency = 0.0
         self.connections = 0
         self.peak = self._waiting = 0
