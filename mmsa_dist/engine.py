@@ -7,6 +7,7 @@ same loss and the same update.
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,19 @@ class Step:
     predictions: list[Prediction]
     asked: tuple[bool, ...] = ()
     skipped: bool = False
+
+
+def imported() -> Any:
+    """DeepSpeed, without MLflow, which its autotuner would import: as long to wait for as for all the rest of it."""
+    away = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
+    if away:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if away:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -117,8 +131,7 @@ class Engine:
         total_steps: int,
         state: portable.State | None = None,
     ) -> None:
-        import deepspeed
-
+        deepspeed = imported()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # compiling the shared-memory collective takes 20 s and a compiler, and gains nothing at these sizes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,6 +1,8 @@
 """Law 1 for the engine alone, and the portable state: every pair of ZeRO stages and numbers of ranks."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -237,3 +239,10 @@ def schedules() -> None:
 
 def test_schedules(ranks: Callable[..., Any]) -> None:
     ranks(schedules, 1)
+
+
+def test_deepspeed_does_not_bring_mlflow() -> None:
+    """It would be imported by every rank, before its first step; who wants it finds it afterwards."""
+    look = "import sys; from mmsa_dist.engine import imported; imported(); assert 'mlflow' not in sys.modules; "
+    look += "import mlflow; assert imported() is sys.modules['deepspeed'] and mlflow.__version__"
+    subprocess.run([sys.executable, "-c", look], check=True)
