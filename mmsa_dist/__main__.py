@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mmsa_dist import hangup
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("shards.cli:pack", "write a data set as WebDataset shards with an index"),
     "index": ("shards.cli:index", "index WebDataset tars that somebody else wrote, in place"),
@@ -42,8 +44,8 @@ First steps:
   mmsa-dist predict models:/ufen_mtfn@champion --data data/mosi --out predictions.csv
 
 `mmsa-dist COMMAND --help` explains a command. Exit codes: 0 done, 2 the command or recipe is wrong, 3 the data is
-wrong, 4 training failed, 75 something outside failed and trying again may help, 130 stopped with Ctrl-C, 143 stopped
-by SIGTERM.
+wrong, 4 training failed, 75 something outside failed and trying again may help, 129 stopped as its terminal closed,
+130 with Ctrl-C, 143 by SIGTERM.
 Set MMSA_DEBUG=1 to see tracebacks."""
 
 
@@ -98,7 +100,7 @@ def _command(arguments: list[str]) -> int:
 
 @contextmanager
 def _terminable(came: list[int]) -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, where it would end this process on the spot: nothing half-written stays behind.
+    """SIGTERM and SIGHUP do what Ctrl-C does, where they would end this process: nothing half-written stays behind.
 
     Args:
         came: gets the signal's number; Ray raises a KeyboardInterrupt of its own for the one raised here.
@@ -107,19 +109,24 @@ def _terminable(came: list[int]) -> Iterator[None]:
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends on the spot
+        if number == signal.SIGHUP:  # comes twice, from the kernel and from the shell
+            signal.signal(number, signal.SIG_IGN)
+            hangup.leave_terminal()
+        else:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends on the spot
         came.append(number)
         raise KeyboardInterrupt
 
     ours = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

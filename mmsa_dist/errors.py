@@ -1,7 +1,7 @@
 """One exception root, one exit code a branch.
 
 `ConfigError` (2) and `DataError` (3) are never retried, `TransientError` (75) may be. `TrainingError` (4) is a
-run that cannot go on: a loss that is not finite, say. `StoppedError` (130, 143) is none: somebody asked for it.
+run that cannot go on: a loss that is not finite, say. `StoppedError` (129, 130, 143) is none: somebody asked for it.
 """
 
 import signal

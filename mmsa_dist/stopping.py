@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from mmsa_dist import run_folder
+from mmsa_dist import hangup, run_folder
 from mmsa_dist.errors import StoppedError
 
 REQUEST = "stop.json"
@@ -57,7 +57,8 @@ def ended(folder: Path) -> dict[str, Any] | None:
 
 
 class Signals:
-    """The driver's ear, as a context: the first SIGINT or SIGTERM asks the ranks to end, the second ends all at once.
+    """The driver's ear, as a context: the first SIGINT, SIGTERM or SIGHUP asks the ranks to end, the second ends all at
+    once. But a SIGHUP is never the second: a terminal that closes sends it twice, the kernel and the shell one each.
 
     Attributes:
         number: of the signal that came, 0 for none.
@@ -69,7 +70,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # not in a trial of a sweep, which its sweep ends
-            self._before = {n: signal.signal(n, self._hear) for n in (signal.SIGINT, signal.SIGTERM)}
+            asked = (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangup.heard())
+            self._before = {n: signal.signal(n, self._hear) for n in asked}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,7 +80,9 @@ class Signals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         for each, handler in self._before.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else handler)
+        if number == signal.SIGHUP:
+            hangup.leave_terminal()
         self.number = number
         try:
             request(self._folder, f"{signal.Signals(number).name} to the driver")
@@ -107,10 +111,13 @@ class Requests:
         """Takes SIGTERM as a request, in a process whose main thread trains.
 
         Args:
-            driven: by a driver of ours, which hears a Ctrl-C for all its ranks; else that is a request too.
+            driven: by a driver of ours, which hears a Ctrl-C or a closing terminal for all its ranks; else they are
+                requests too.
         """
         signal.signal(signal.SIGTERM, self._hear)
         signal.signal(signal.SIGINT, signal.SIG_IGN if driven else self._hear)
+        if hangup.heard():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if driven else self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._why = f"{signal.Signals(number).name} to rank {self._rank}"

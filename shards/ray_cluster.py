@@ -45,6 +45,7 @@ def check_listens(address: str, option: str) -> None:
 def join(address: str, option: str, **settings: Any) -> None:
     """`ray.init` with `settings`, without Ray's logs and its handler of SIGTERM.
 
+    The processes of a cluster that starts here do not hear a terminal that closes: this one does, and ends them.
     A cluster that is to start here and does not in time is ended, and started again.
 
     Args:
@@ -58,6 +59,7 @@ def join(address: str, option: str, **settings: Any) -> None:
 
     handler = signal.getsignal(signal.SIGTERM)
     before = _children()
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # which processes that begin now inherit
     try:
         for left in reversed(range(_ATTEMPTS)):
             try:
@@ -77,6 +79,8 @@ def join(address: str, option: str, **settings: Any) -> None:
             else f"{option}: no Ray cluster answers at {address}: {reason}; start one (ray start --head) or leave the "
             "address out"
         ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process on the spot, with another exit code
 

@@ -28,7 +28,7 @@ _MOST = 16
 _WORTH = 32 * 2**20
 """Bytes to be written for which it is worth while to start a process."""
 
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _SECONDS = 0.1
 """Between two reports of a process."""

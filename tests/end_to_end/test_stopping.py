@@ -1,10 +1,13 @@
 """Signals: who is asked to end does so in good order, and what comes afterwards is as if nothing had happened."""
 
 import os
+import pty
+import select
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,27 @@ def test_once_finishes_the_step_and_saves(
     assert f"going on after step {step}" in again.output
     lost = read_json(run.folder / "time.json")["lost_s"]
     assert lost == 0, f"{lost} s of work were lost, though the run was saved"
+
+
+@pytest.mark.parametrize("launcher", ["local", "ray"])
+def test_a_terminal_that_closes_finishes_the_step_and_saves(launcher: str, words: list[str], tmp_path: Path) -> None:
+    """The whole foreground group hears of it, and nothing can be printed any more."""
+    command = [sys.executable, "-m", "mmsa_dist", "train", *words, "--workers", "2", "--launcher", launcher]
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [*command, "--runs-dir", str(tmp_path)])
+    deadline, epoch = time.monotonic() + 300, False
+    while not epoch and time.monotonic() < deadline:
+        with suppress(OSError):
+            select.select([terminal], [], [], 0.1)[0] and os.read(terminal, 1 << 16)
+        epoch = any(event["event"] == "epoch" for run in tmp_path.glob("*") for event in read_events(run))
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert epoch and os.waitstatus_to_exitcode(status) == 129
+    (run,) = tmp_path.glob("*")
+    done = read_json(run / "stopped.json")
+    assert done["why"] == "SIGHUP to the driver"
+    assert checkpoint.saved(run / "checkpoints")[-1].name == f"step-{done['step']:08d}"
 
 
 def test_twice_ends_at_once(words: list[str], tmp_path: Path) -> None:

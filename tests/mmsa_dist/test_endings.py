@@ -86,6 +86,20 @@ def test_a_signal_ends_at_once_where_ranks_cannot_be_asked(
     assert "the ranks cannot be asked to end (No such file or directory): ending at once" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes_asks_the_ranks_to_end_unless_that_is_ignored(nohup: bool, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        with stopping.Signals(tmp_path) as signals:
+            for _ in range(2):  # the kernel sends one, and the shell another
+                signal.raise_signal(signal.SIGHUP)
+            assert stopping.requested(tmp_path) is not nohup
+        assert signals.number == (0 if nohup else signal.SIGHUP)
+        assert nohup or signals.stopped().exit_code == 129
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_node_with_other_versions_than_the_driver_is_named() -> None:
     launch.check_versions(launch.versions())
     with pytest.raises(ConfigError, match=r"node .*: torch \S+, the driver has 1\.0; .* same versions there"):
