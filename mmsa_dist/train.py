@@ -151,16 +151,34 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
             )
         kept = (folder / "recipe.yaml").read_text(encoding="utf-8")
         run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
-    if recipe.checkpoint.mirror:
-        try:
+    try:
+        if recipe.checkpoint.mirror:
             mirrored(recipe.checkpoint.mirror, folder)
-        except BaseException:
-            unbegun(folder, recipe, kept)
-            raise
+        if kept is not None and recipe.tracking.enabled and not (folder / "result.json").is_file():
+            taken_up(folder, recipe)
+    except BaseException:
+        unbegun(folder, recipe, kept)
+        raise
     print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
     return folder
+
+
+def taken_up(folder: Path, recipe: Recipe) -> None:
+    """The run in MLflow stands as running again, where there is one. A server that is away holds nobody up.
+
+    Raises:
+        DataError: what names the run in MLflow is damaged.
+    """
+    from mmsa_dist.tracking import Link, open_run
+
+    if Link.load(folder) is None:
+        return
+    try:
+        open_run(folder, recipe)
+    except (ConfigError, TransientError) as error:
+        print(f"warning: MLflow does not show that the run goes on: {error}", file=sys.stderr, flush=True)
 
 
 def unbegun(folder: Path, recipe: Recipe, kept: str | None) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from mmsa_dist import train
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, from_dict
@@ -164,6 +166,22 @@ def test_a_restart_goes_on_with_the_same_run(runs_dir: Path, trained: tuple[Path
     assert client_of(runs_dir).get_run(first).info.status == "KILLED"
     assert open_run(folder, recipe) == first
     assert client_of(runs_dir).get_run(first).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_resumed_run_stands_as_running_and_a_server_that_is_away_is_said(
+    away: bool, runs_dir: Path, trained: tuple[Path, Recipe], index: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, recipe = described(runs_dir, trained)
+    run_id = open_run(folder, recipe)
+    end_run(folder, "KILLED")
+    link = Link.load(folder)
+    assert link is not None
+    if away:
+        replace(link, uri=f"http://127.0.0.1:{free_port()}").save(folder)
+    assert train.begin(recipe, index, folder, runs_dir, "run") == folder
+    assert client_of(runs_dir).get_run(run_id).info.status == ("KILLED" if away else "RUNNING")
+    assert ("warning: MLflow does not show that the run goes on: no MLflow server" in capsys.readouterr().err) is away
 
 
 # --- numbers
