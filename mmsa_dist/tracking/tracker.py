@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,7 @@ class MlflowTracker:
         self._spill_lock = threading.Lock()
         self._warned = self._failed = float("-inf")
         self._spilled = 0
+        self._hand: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
@@ -166,7 +168,19 @@ class MlflowTracker:
         else:
             self._thread.join(timeout)
         if self._thread.is_alive():
+            self._keep_waiting()
             self._warn(f"{store.shown(self.uri)} did not take the last ones within {timeout:.0f} s")
+
+    def _keep_waiting(self) -> None:
+        """Into the spill with what the thread has not sent, which may end with this process; a row twice is as once."""
+        rows = [self._hand]
+        with suppress(queue.Empty):
+            while True:
+                rows.append(self._queue.get_nowait())
+        for row in rows:
+            if row is not None:
+                self._keep(row, None)
+        self._queue.put_nowait(None)
 
     def _run(self) -> None:
         client: MlflowClient | None = None
@@ -175,7 +189,7 @@ class MlflowTracker:
         row: dict[str, Any] | None = None
         while True:
             try:
-                row = self._queue.get(timeout=max(0.01, next_sample - time.monotonic()))
+                row = self._hand = self._queue.get(timeout=max(0.01, next_sample - time.monotonic()))
                 last = row is None
             except queue.Empty:
                 row, last = None, False
@@ -185,9 +199,11 @@ class MlflowTracker:
                 next_sample = time.monotonic() + self._interval
             if row is not None:
                 client = self._send(client, row)
+                self._hand = None
             if last:
                 break
-        if self._spilled and client is not None:
+        down = time.monotonic() - self._failed < RETRY_EVERY  # then whoever ends the run tries again
+        if self._spilled and client is not None and not down:
             self._try_replay(client)
 
     def _send(self, client: "MlflowClient | None", row: dict[str, Any]) -> "MlflowClient | None":

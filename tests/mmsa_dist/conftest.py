@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -160,6 +161,12 @@ class Process:
                 time.sleep(0.2)
         raise AssertionError(f"{self.uri} did not start: {self._log.read_text()}")
 
+    def signal(self, number: int) -> None:
+        """To the server and its workers, e.g. SIGSTOP."""
+        os.killpg(self._process.pid, number)
+        if number == signal.SIGKILL:
+            self._process.wait()
+
     def close(self) -> None:
         """Ends the server and its workers, which are in its own process group."""
         if self._process.poll() is None:
@@ -213,16 +220,20 @@ class Wire:
             sink.shutdown(socket.SHUT_WR)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Process]:
-    """A real tracking server with a database and artifacts of its own."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copyfile(empty_database, folder / "mlflow.db")
+def tracking_server(folder: Path, port: int) -> Process:
+    """A real one, over the database and the artifacts in `folder`."""
     stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
-    port = free_port()
     # without the job runner, which is a second process that nothing here needs
-    process = Process(
+    return Process(
         ["server", *stores, "--workers", "1"], port, "/health", folder, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"
     )
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Process]:
+    """One for all tests."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    process = tracking_server(folder, free_port())
     yield process
     process.close()
