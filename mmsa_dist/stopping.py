@@ -106,6 +106,7 @@ class Requests:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank, self._looked = folder, rank, 0.0
         self._why: str | None = None
+        self._number = int(signal.SIGTERM)  # also of ranks that another one's vote has told
 
     def listen(self, *, driven: bool) -> None:
         """Takes SIGTERM as a request, in a process whose main thread trains.
@@ -120,7 +121,7 @@ class Requests:
             signal.signal(signal.SIGHUP, signal.SIG_IGN if driven else self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._why = f"{signal.Signals(number).name} to rank {self._rank}"
+        self._why, self._number = f"{signal.Signals(number).name} to rank {self._rank}", number
 
     def come(self) -> bool:
         """This rank's vote."""
@@ -134,4 +135,5 @@ class Requests:
         """Writes down that all ranks have saved after `step` and end; what to raise."""
         if self._why is not None:  # those that were told by others' votes do not know what for
             run_folder.write_json(self._folder / STOPPED, {"why": self._why, "step": step})
-        return StoppedError(f"{self._why or 'another rank was asked to end'}; saved after step {step}")
+        why = self._why or "another rank was asked to end"
+        return StoppedError(f"{why}; saved after step {step}", self._number)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mmsa_dist import launch, places, profiling, run_folder, session
+from mmsa_dist import launch, places, profiling, run_folder, session, torchrun
 from mmsa_dist.checks import check_labels, check_system
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.diagnosis import diagnose
@@ -283,7 +283,9 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
     for key, value in places.RANK_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"workers": world})})
+    notes = torchrun.without_effect(recipe.launch, world, resumed=folder is not None)
+    decided = {"workers": world, "min_workers": None}
+    recipe = recipe.model_copy(update={"launch": recipe.launch.model_copy(update=decided)})
     index, recipe = check(recipe)
     import torch.distributed as dist
 
@@ -294,7 +296,11 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
         shared: list[tuple[str, bool, tuple[str, ...]] | MmsaError | None] = [None]
         if rank == 0:
             try:
+                folder = folder or torchrun.begun_before(runs_dir)
                 folder = driver.enter_context(begun(recipe, index, folder, runs_dir, name))
+                torchrun.mark(folder)
+                for note in notes:
+                    print(f"note: {note}", flush=True)
                 done = (folder / "result.json").is_file()
                 if not done:
                     launch.make_ready(folder)
@@ -312,7 +318,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                 if rank == 0:
                     training.enter_context(ended(recipe, folder))
                     training.enter_context(Follower(folder, recipe.train.monitor))
-                    training.enter_context(launch.attempted(folder, resumed=True))
+                    training.enter_context(launch.attempted(folder, resumed=not torchrun.restarts()))
                 requests = Requests(folder, rank)
                 requests.listen(driven=False)
                 try:

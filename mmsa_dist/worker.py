@@ -116,14 +116,17 @@ def join_group(rank: int, world: int, timeout: float) -> None:
     import torch.distributed as dist
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    rendezvous = os.environ.get("MMSA_RENDEZVOUS")
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{rendezvous}" if rendezvous else "env://",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
+    patience = datetime.timedelta(seconds=timeout)
+    if rendezvous := os.environ.get("MMSA_RENDEZVOUS"):
+        where: dict[str, Any] = {"init_method": f"file://{rendezvous}"}
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # one store for all attempts of a torchrun: ranks that it started again found the addresses of dead ones there
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, world, is_master=False, timeout=patience)
+        where = {"store": dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)}
+    else:
+        where = {"init_method": "env://"}
+    dist.init_process_group(backend, **where, rank=rank, world_size=world, timeout=patience)
 
 
 def end_with(parent: int) -> None:

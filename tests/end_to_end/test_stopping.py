@@ -119,6 +119,19 @@ def test_torchrun_asks_its_ranks(words: list[str], undisturbed: dict[str, Any], 
     assert again.result() == undisturbed
 
 
+def test_torchrun_starts_its_ranks_again(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """With --max-restarts the same run goes on from its last checkpoint."""
+    module = (
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "mmsa_dist",
+    )  # fmt: skip
+    with started(tmp_path, *words, "--launcher", "torchrun", module=module) as run:
+        run.until_epoch(2)
+        os.kill(run.pid(1), signal.SIGKILL)
+        assert run.result() == undisturbed
+        assert len(list(tmp_path.glob("*/recipe.yaml"))) == 1
+        assert spent(run)["restarts"] == 1
+
+
 def test_a_rank_that_stands_still_is_found(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """SIGSTOP of rank 1: rank 0 waits for it in a collective, says where it stands, and all start again."""
     with started(tmp_path, *words, *TWO, "--launch.step-timeout", "4") as run:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmsa_dist import launch, places, stopping, watch, worker
+from mmsa_dist import launch, places, stopping, torchrun, watch, worker
+from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, DataError, StoppedError, TransientError
 from mmsa_dist.recipe import from_dict
 from mmsa_dist.tracking import Link
@@ -98,6 +99,43 @@ def test_a_terminal_that_closes_asks_the_ranks_to_end_unless_that_is_ignored(noh
         assert nohup or signals.stopped().exit_code == 129
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_of_torchrun_ends_with_the_code_of_its_signal(number: int, tmp_path: Path) -> None:
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.getsignal(each) for each in heard}
+    requests = stopping.Requests(tmp_path, 1)
+    try:
+        requests.listen(driven=False)
+        signal.raise_signal(number)
+        assert requests.come() and requests.stopped(3).exit_code == 128 + number
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_what_torchrun_decides_itself_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(resumed: bool = False, **values: Any) -> str:
+        return "; ".join(torchrun.without_effect(LaunchConfig(**values), 2, resumed=resumed))
+
+    assert said() == said(workers=2) == said(workers=4, resumed=True) == ""
+    assert said(workers=4) == said(workers=4, min_workers=1)
+    assert said(workers=4).startswith("--workers is without effect: torchrun has started 2")
+    assert said(max_failures=5).startswith("launch.max_failures is without effect")
+
+
+def test_ranks_that_torchrun_starts_again_find_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "other"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        (tmp_path / name).mkdir()
+        torchrun.mark(tmp_path / name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert torchrun.begun_before(tmp_path) is None, "the first start of a job is a new run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert torchrun.begun_before(tmp_path) == tmp_path / "mine"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert torchrun.begun_before(tmp_path) is None
 
 
 def test_a_node_with_other_versions_than_the_driver_is_named() -> None:
