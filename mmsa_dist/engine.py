@@ -208,7 +208,7 @@ class Engine:
         if self.dtype == torch.float16 and skipped:  # the loss scale was too high: it is lowered, nothing was learnt
             return Step(values[0], parts, lr, None, predictions, asked, skipped)
         if skipped or (norm is not None and not math.isfinite(norm)):
-            raise self._not_finite("gradient", batches)
+            raise self._not_finite("gradient", _share(batches))
         self.steps += 1
         return Step(values[0], parts, lr, norm, predictions, asked)
 
@@ -332,13 +332,13 @@ class Engine:
             return None
         norm = float(nn.utils.get_total_norm([p.grad for p in self.system.parameters() if p.grad is not None]))
         if not math.isfinite(norm):
-            raise self._not_finite("gradient", batches)
+            raise self._not_finite("gradient", _share(batches))
         return norm
 
-    def _not_finite(self, what: str, batches: Sequence[Batch], own: str = "") -> TrainingError:
+    def _not_finite(self, what: str, where: str) -> TrainingError:
         return TrainingError(
-            f"step {self.steps + 1}: the {what} is not finite ({own or 'keys ' + _keys(batches)}); no rank has stepped "
-            "and no checkpoint was written. Lower the learning rates (--optim.lr.*), clip the gradient "
+            f"step {self.steps + 1}: the {what} is not finite ({where}); no rank has stepped and "
+            "no checkpoint was written. Lower the learning rates (--optim.lr.*), clip the gradient "
             "(--optim.clip 1) or look at these samples"
         )
 
@@ -356,8 +356,18 @@ class Engine:
         mean: list[float] = self._mean_over_ranks(row).tolist()
         if not all(map(math.isfinite, mean)):
             finite = bool(torch.isfinite(row).all())
-            raise self._not_finite("loss", batches, ELSEWHERE if finite else "")
+            raise self._not_finite("loss", ELSEWHERE if finite else f"keys {_keys(batches)}")
         return mean
+
+
+def _share(batches: Sequence[Batch]) -> str:
+    """Which samples a gradient came from, as far as one rank knows: it is reduced over all before anybody looks."""
+    if dist.get_world_size() == 1:
+        return f"keys {_keys(batches)}"
+    return (
+        f"rank {dist.get_rank()}'s share of the batch: keys {_keys(batches)}; the gradient is that of all ranks, so the "
+        "samples at fault may be another's"
+    )
 
 
 def _keys(batches: Sequence[Batch]) -> str:
