@@ -209,7 +209,7 @@ class LaunchConfig(Strict):
     """How often ranks that died are started again from the last checkpoint."""
     timeout: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Seconds that ranks may take to their first step, and that a collective may take."""
-    step_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    step_timeout: float = Field(default=600.0, ge=1, allow_inf_nan=False)
     """Seconds that a rank may stand still once it has taken a step; then all are started again."""
 
     @model_validator(mode="after")

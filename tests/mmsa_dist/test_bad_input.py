@@ -172,3 +172,9 @@ def test_help_and_printed_configuration(capfd: pytest.CaptureFixture[str], data:
     assert main(["train", "self_mm", "--data", data, "--optim.lr.text", "3e-5", "--print-config"]) == 0
     printed = yaml.safe_load(capfd.readouterr().out)
     assert printed["optim"]["lr"]["text"] == 3e-5 and printed["system"] == "self_mm"
+
+
+def test_a_step_timeout_that_no_step_fits_into(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    """It was taken for the process having been stopped, and never ended anything."""
+    said = refused(2, "train", "self_mm", "--data", data, "--launch.step-timeout", "0.001")
+    assert said == "error: `launch.step_timeout`: input should be greater than or equal to 1, found 0.001"
