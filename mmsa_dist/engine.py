@@ -365,7 +365,7 @@ def _share(batches: Sequence[Batch]) -> str:
     if dist.get_world_size() == 1:
         return f"keys {_keys(batches)}"
     return (
-        f"rank {dist.get_rank()}'s share of the batch: keys {_keys(batches)}; the gradient is that of all ranks, so the "
+        f"rank {dist.get_rank()}'s share of the batch: keys {_keys(batches)}; the gradient is all ranks', so the "
         "samples at fault may be another's"
     )
 

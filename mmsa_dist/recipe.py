@@ -146,12 +146,26 @@ def load_recipe(system: str, recipe: str | None, overrides: list[str]) -> Recipe
 
 
 def _spelt_out(words: list[str]) -> list[str]:
-    """``--workers 1:4`` as the two values that it sets."""
-    joined = re.sub(
-        r"(^|\0)(--workers|--launch\.workers)[=\0](\d+):(\d+)(?=\0|$)",
-        r"\1--launch.workers\0\4\0--launch.min-workers\0\3",
-        "\0".join(words),
-    )
+    """``--workers 1:4`` as the two values that it sets; ``--workers 4`` as well, which are as many at least.
+
+    Raises:
+        ConfigError: it is neither a number nor two.
+    """
+
+    def both(flag: re.Match[str]) -> str:
+        value = re.fullmatch(r"(?:(\d+):)?(\d+)", flag[2])
+        if value is None:
+            raise ConfigError(
+                f"--workers {flag[2]}: neither a number of workers nor LEAST:MOST; use --workers 4, or 1:4 for as many "
+                "of four as there is room for"
+            )
+        least = value[1] or "None"
+        return f"{flag[1]}--launch.workers\0{value[2]}" + f"\0--launch.min-workers\0{least}" * (
+            value[1] is not None or not own
+        )
+
+    own = any(re.match(r"--launch\.min[-_]workers\b", word) for word in words)
+    joined = re.sub(r"(^|\0)(?:--workers|--launch\.workers)[=\0](?!-)([^\0]+)(?=\0|$)", both, "\0".join(words))
     return joined.split("\0") if joined else []
 
 
@@ -312,6 +326,8 @@ def _sentence(cls: type[Strict], issue: Any) -> str:
     if issue["type"] == "extra_forbidden":
         return f"unknown key `{key}`" + nearest(location[-1], _fields_at(cls, location[:-1]))
     found = issue.get("input")
+    if issue["type"] == "value_error" and isinstance(found, dict):  # of several values together, which it names
+        return f"`{key}`: {issue['msg'].removeprefix('Value error, ')}"
     return f"`{key}`: {issue['msg'][0].lower()}{issue['msg'][1:]}, found {found!r}"
 
 
@@ -394,7 +410,10 @@ def _readable(text: str) -> str:
                 (".".join([*parts, key] if key else parts).replace("-", "_"), why.removeprefix("Value error, "), value)
                 for key, why, value in found
             ]
-            return "; ".join(f"`{key}`: {why[0].lower()}{why[1:]}, found {value}" for key, why, value in sentences)
+            return "; ".join(
+                f"`{key}`: {why[0].lower()}{why[1:]}" + f", found {value}" * (not value.startswith("{"))
+                for key, why, value in sentences
+            )
     line = re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options) ", "", line)
     line = re.sub(r" ?(Argument helptext: |For full helptext, ).*", "", line)
     return line or "the command line cannot be understood; see --help"

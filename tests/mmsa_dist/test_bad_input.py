@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mmsa_dist.__main__ import main
+from mmsa_dist.recipe import load_recipe
 from tests.data import packed
 
 
@@ -178,3 +179,25 @@ def test_a_step_timeout_that_no_step_fits_into(refused, data: str) -> None:  # t
     """It was taken for the process having been stopped, and never ended anything."""
     said = refused(2, "train", "self_mm", "--data", data, "--launch.step-timeout", "0.001")
     assert said == "error: `launch.step_timeout`: input should be greater than or equal to 1, found 0.001"
+
+
+@pytest.mark.parametrize("wrong", ["a:b", ":4", "1:", "many"])
+def test_a_number_of_workers_that_is_none(wrong: str, refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    said = refused(2, "train", "self_mm", "--data", data, "--workers", wrong)
+    assert f"--workers {wrong}: neither a number of workers nor LEAST:MOST" in said
+
+
+def test_values_that_exclude_each_other_are_said_without_all_the_others(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    for words in (["--workers", "4:1"], ["--engine.offload", "optimizer", "--zero", "0"]):
+        said = refused(2, "train", "self_mm", "--data", data, *words)
+        assert "found" not in said and "{" not in said and said.count("`") == 2
+
+
+def test_a_plain_number_of_workers_is_the_least_too(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("launch: {workers: 4, min_workers: 2}\n")
+    for words, sets in (
+        ([], (4, 2)), (["--workers", "1"], (1, None)), (["--workers=1:3"], (3, 1)),
+        (["--workers", "5", "--launch.min-workers", "3"], (5, 3)),
+    ):  # fmt: skip
+        launch = load_recipe("self_mm", str(tmp_path / "my.yaml"), words).launch
+        assert (launch.workers, launch.min_workers) == sets
