@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmsa_dist import checkpoint
+from mmsa_dist.command_line import parsed
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
 from mmsa_dist.label_generators import get_label_generator
 from mmsa_dist.recipe import Recipe, read_recipe
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist labels`."""
     from mmsa_dist import labels_shown
 
-    options = tyro.cli(Options, args=argv, prog="mmsa-dist labels")
+    options = parsed(Options, argv, "mmsa-dist labels")
     labels_shown.check(options.cases, options.to, options.picture)
     recipe = recipe_of(options.run)
     made = generated(options.run, recipe, options.checkpoint)

@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 from pydantic import Field
 
+from mmsa_dist.command_line import parsed
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.predictions import Writer, check_out
@@ -83,7 +84,7 @@ class Input:
 
 def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist predict`."""
-    options = tyro.cli(PredictOptions, args=argv, prog="mmsa-dist predict", description=EXAMPLES)
+    options = parsed(PredictOptions, argv, "mmsa-dist predict", EXAMPLES)
     check_out(options.out)
     data = open_input(options.data)
     splits = _splits(data, options.split)

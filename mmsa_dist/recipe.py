@@ -18,6 +18,7 @@ import tyro
 import yaml
 from pydantic import Field, ValidationError, create_model
 
+from mmsa_dist.command_line import readable
 from mmsa_dist.config import (
     CheckpointConfig,
     DataConfig,
@@ -353,7 +354,7 @@ def _with_overrides(cls: type[Recipe], default: Recipe, overrides: list[str], sy
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_unknown_option(default, overrides) or _readable(output.getvalue())) from None
+        raise ConfigError(_unknown_option(default, overrides) or readable(output.getvalue())) from None
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(cls, issue) for issue in error.errors())) from error
 
@@ -393,27 +394,3 @@ ALIASES = (
     "seed",
 )
 """Short flags; each stands beside its dotted name in --help."""
-
-
-def _readable(text: str) -> str:
-    """tyro's boxed message as one line: of a value that is refused its key and why, without the box and the manual."""
-    line = " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split())
-    line = re.sub(r" For further information visit \S+", "", line)
-    if refused := re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*)", line):
-        parts = [] if refused[1] == "Recipe" else [refused[1]]
-        found = re.findall(
-            r"(?:(\S+) )?((?:Input|String) [^\[]*|Value error, [^\[]*) \[type=\w+, input_value=(.*?), input_",
-            refused[2],
-        )
-        if found:
-            sentences = [
-                (".".join([*parts, key] if key else parts).replace("-", "_"), why.removeprefix("Value error, "), value)
-                for key, why, value in found
-            ]
-            return "; ".join(
-                f"`{key}`: {why[0].lower()}{why[1:]}" + f", found {value}" * (not value.startswith("{"))
-                for key, why, value in sentences
-            )
-    line = re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options) ", "", line)
-    line = re.sub(r" ?(Argument helptext: |For full helptext, ).*", "", line)
-    return line or "the command line cannot be understood; see --help"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
+from mmsa_dist.command_line import parsed
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import packaged, recipe_file, sourced
@@ -61,7 +62,7 @@ class Switch:
 
 def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist systems`."""
-    options = tyro.cli(SystemsOptions, args=argv, prog="mmsa-dist systems", description=EXAMPLES)
+    options = parsed(SystemsOptions, argv, "mmsa-dist systems", EXAMPLES)
     if options.system is None:
         if options.recipe or options.mermaid or options.picture:
             raise ConfigError("--recipe, --mermaid and --picture are of one system; name it: mmsa-dist systems SYSTEM")

@@ -43,6 +43,16 @@ def test_names_that_do_not_exist(refused, data: str) -> None:  # type: ignore[no
     assert "did you mean 'mosi'" in refused(2, "train", "self_mm", "--recipe", "mosy", "--data", data)
 
 
+def test_options_of_predict(refused, data: str) -> None:  # type: ignore[no-untyped-def]
+    words = ("predict", "runs/x", "--data", data, "--out", "o.csv")
+    split = refused(2, *words, "--split", "tes")
+    assert split == "error: --split tes: there is none such; did you mean 'test'? (valid: test, train, valid)"
+    assert "unknown option --splt; did you mean --split?" in refused(2, *words, "--splt", "test")
+    assert refused(2, *words[:4]) == "error: --out missing; see mmsa-dist predict --help"
+    assert "`batch_size`: input should be greater than" in refused(2, *words, "--batch-size", "0")
+    assert "one word too many: more" in refused(2, "predict", "runs/x", "more", *words[2:])
+
+
 def test_recipes(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     recipe = tmp_path / "my.yaml"
 

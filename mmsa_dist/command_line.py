@@ -1,0 +1,69 @@
+"""What tyro says of a command line that it refuses, as one sentence like all others."""
+
+import contextlib
+import io
+import re
+from typing import Any, TypeVar
+
+import tyro
+
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.suggest import nearest
+
+Options = TypeVar("Options")
+
+
+def parsed(options: type[Options], argv: list[str], prog: str, description: str | None = None) -> Options:
+    """The options of a command, of the words behind its name.
+
+    Raises:
+        ConfigError: they cannot be understood. SystemExit(0) after ``--help``.
+    """
+    output = io.StringIO()
+    asked_for_help = any(word in ("-h", "--help") for word in argv)
+    try:
+        with contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(output):
+            return tyro.cli(options, args=argv, prog=prog, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_refused(options, output.getvalue(), prog)) from None
+
+
+def _refused(options: type[Any], text: str, prog: str) -> str:
+    line = " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split())
+    if choice := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?),?\)", line):
+        valid = [name.strip("'") for name in sorted(choice[3].split(", ")) if name != "'None'"]
+        return f"{choice[2]} {choice[1]}: there is none such{nearest(choice[1], valid)}"
+    if unknown := re.search(r"Unrecognized options: (\S+?),? ", f"{line} "):
+        near = re.search(r"Perhaps you meant: (--[\w-]+)", line)
+        what = f"unknown option {unknown[1]}" if unknown[1].startswith("-") else f"one word too many: {unknown[1]}"
+        return what + (f"; did you mean {near[1]}?" if near else "") + f" ({prog} --help lists all)"
+    if missing := re.search(r"Missing from .*?: (.*)", line):
+        named = re.findall(r"(--[\w-]+|\b[A-Z]{2,}\b)(?= [A-Za-z]).*?\(required\)", missing[1])
+        return f"{', '.join(named)} missing; see {prog} --help"
+    return readable(text).replace(f"`{options.__name__}.", "`").removeprefix("Error parsing ")
+
+
+def readable(text: str) -> str:
+    """tyro's boxed message as one line: of a value that is refused its key and why, without the box and the manual."""
+    line = " ".join(re.sub(r"[╭─╮│╰╯]", " ", text).split())
+    line = re.sub(r" For further information visit \S+", "", line)
+    if refused := re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*)", line):
+        parts = [] if refused[1] == "Recipe" else [refused[1]]
+        found = re.findall(
+            r"(?:(\S+) )?((?:Input|String) [^\[]*|Value error, [^\[]*) \[type=\w+, input_value=(.*?), input_",
+            refused[2],
+        )
+        if found:
+            sentences = [
+                (".".join([*parts, key] if key else parts).replace("-", "_"), why.removeprefix("Value error, "), value)
+                for key, why, value in found
+            ]
+            return "; ".join(
+                f"`{key}`: {why[0].lower()}{why[1:]}" + f", found {value}" * (not value.startswith("{"))
+                for key, why, value in sentences
+            )
+    line = re.sub(r"^(Value error|Invalid choice|Parsing error|Missing argument|Unrecognized options) ", "", line)
+    line = re.sub(r" ?(Argument helptext: |For full helptext, ).*", "", line)
+    return line or "the command line cannot be understood; see --help"
