@@ -91,7 +91,7 @@ class Follower:
         elif event["event"] == "step" and event["time"] - self._said >= SECONDS_BETWEEN_LINES:
             self._said = event["time"]
             console.print(f"epoch {event['epoch']:3d}  step {event['step']} of {event['of']}  loss {event['loss']:.4f}")
-        elif event["event"] == "start" and self._bar is None:
+        elif event["event"] == "start":
             console.print(f"rank 0 of {event['world']} is up (pid {event['pid']})")
         elif event["event"] == "ready" and event["steps"]:
             console.print(f"going on after step {event['steps']:,}")

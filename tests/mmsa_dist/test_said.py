@@ -1,12 +1,15 @@
 """What a run says before and while it trains: where its values come from, what it reads, how far it is."""
 
 import json
+import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from mmsa_dist import diagnosis
+from mmsa_dist import diagnosis, follow
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import load_recipe, origin
@@ -68,6 +71,19 @@ def test_a_long_epoch_is_not_silent(tmp_path: Path, capsys: pytest.CaptureFixtur
         follower.path.write_text(events(step(1, 100), step(2, 110), step(3, 131), step(4, 140), step(5, 162)))
     lines = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
     assert lines == ["epoch   1  step 3 of 90  loss 0.5000", "epoch   1  step 5 of 90  loss 0.5000"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_rank_0_runs_is_said_on_a_terminal_too(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Console(file=StringIO(), force_terminal=terminal, width=100)
+    monkeypatch.setattr(follow, "console", shown)
+    (tmp_path / "events").mkdir()
+    with Follower(tmp_path, "mae") as follower:
+        follower.path.write_text(events({"event": "start", "time": 1.0, "pid": 4711, "rank": 0, "world": 2}))
+    written = re.sub(r"\033\[[\d;?]*[a-zA-Z]", "", shown.file.getvalue())  # type: ignore[attr-defined]
+    assert "rank 0 of 2 is up (pid 4711)" in written
 
 
 def test_what_ranks_wrote_down_is_told_from_what_was_cut_short(tmp_path: Path) -> None:
