@@ -39,18 +39,18 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
         StoppedError: this process got a signal.
     """
     start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
-    failed, resumed = 0, True
+    failed, first = 0, True
     with stopping.Signals(folder) as signals:
         while True:
             make_ready(folder)
             if signals.number:
                 raise signals.stopped()
             try:
-                with attempted(folder, resumed=resumed):
+                with attempted(folder, first=first):
                     outcome = start(recipe, folder)
             except StoppedError:  # there were no ranks yet
                 raise signals.stopped() from None
-            resumed = False
+            first = False
             if (folder / "result.json").is_file():
                 return dict(run_folder.read_json(folder / "result.json"))
             if signals.number:
@@ -82,14 +82,15 @@ PRINTED = {"ray": "the logs of Ray's session (/tmp/ray/session_latest/logs of ea
 
 
 @contextmanager
-def attempted(folder: Path, *, resumed: bool) -> Iterator[None]:
+def attempted(folder: Path, *, first: bool) -> Iterator[None]:
     """Notes among the driver's events when an attempt begins and ends; `ledger.account` reads them.
 
     Args:
-        resumed: the first attempt of this driver.
+        first: of this driver, whose command and environment it notes too; it resumes a run that another one began.
     """
+    begun = any(folder.glob("checkpoints/step-*")) or bool(run_folder.read_events(folder, None))
     events = run_folder.Events(folder, None)
-    events.write("attempt", resumed=resumed)
+    events.write("attempt", resumed=first and begun, **({"environment": run_folder.environment()} if first else {}))
     try:
         yield
     finally:

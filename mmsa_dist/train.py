@@ -159,6 +159,8 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
     except BaseException:
         unbegun(folder, recipe, kept)
         raise
+    if kept is not None:  # the number of ranks may be another
+        run_folder.write_json(folder / "plan.json", session.arithmetic(recipe, index))
     print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
@@ -318,7 +320,7 @@ def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, na
                 if rank == 0:
                     training.enter_context(ended(recipe, folder))
                     training.enter_context(Follower(folder, recipe.train.monitor))
-                    training.enter_context(launch.attempted(folder, resumed=not torchrun.restarts()))
+                    training.enter_context(launch.attempted(folder, first=not torchrun.restarts()))
                 requests = Requests(folder, rank)
                 requests.listen(driven=False)
                 try:

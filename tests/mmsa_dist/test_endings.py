@@ -15,6 +15,7 @@ from mmsa_dist import launch, places, stopping, torchrun, watch, worker
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, DataError, StoppedError, TransientError
 from mmsa_dist.recipe import from_dict
+from mmsa_dist.run_folder import read_events
 from mmsa_dist.tracking import Link
 
 
@@ -99,6 +100,18 @@ def test_a_terminal_that_closes_asks_the_ranks_to_end_unless_that_is_ignored(noh
         assert nohup or signals.stopped().exit_code == 129
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_each_command_that_goes_on_with_a_run_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only a later one resumes it; an attempt after a failure is neither."""
+    (tmp_path / "events").mkdir()
+    for command, first in (("began", True), ("began", False), ("went on", True)):
+        monkeypatch.setattr(sys, "argv", [command])
+        with launch.attempted(tmp_path, first=first):
+            pass
+    attempts = [event for event in read_events(tmp_path, None) if event["event"] == "attempt"]
+    assert [event["resumed"] for event in attempts] == [False, False, True]
+    assert [event.get("environment", {}).get("command") for event in attempts] == [["began"], None, ["went on"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -181,6 +181,7 @@ def test_a_resumed_run_stands_as_running_and_a_server_that_is_away_is_said(
         replace(link, uri=f"http://127.0.0.1:{free_port()}").save(folder)
     assert train.begin(recipe, index, folder, runs_dir, "run") == folder
     assert client_of(runs_dir).get_run(run_id).info.status == ("KILLED" if away else "RUNNING")
+    assert json.loads((folder / "plan.json").read_text())["ranks"] == recipe.launch.workers
     assert ("warning: MLflow does not show that the run goes on: no MLflow server" in capsys.readouterr().err) is away
 
 
