@@ -1,16 +1,19 @@
 """A trace of a few steps of each rank: what computed when, for https://ui.perfetto.dev, and a short table."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmsa_dist.run_folder import Events
+from mmsa_dist.run_folder import Events, read_events
 
 WARM_UP = 3
 """Steps before the first that is traced: DeepSpeed records the order of layers, the optimizer makes its state."""
 SHOWN = 10
 """Operators in the table."""
+LARGE = 100e6
+"""Bytes of a trace that Perfetto is slow to open, and that take long to write."""
 
 
 class Profile(Protocol):
@@ -72,6 +75,7 @@ class Traced:
 
     def _write(self, profile: Any) -> None:
         partial = self._path.with_name(f".{self._path.name}")
+        began = time.monotonic()
         try:
             self._path.parent.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(partial))
@@ -81,6 +85,15 @@ class Traced:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             self._events.write("warning", message=f"{self._path}: the trace cannot be written: {error}")
+            return
+        size, seconds = self._path.stat().st_size, time.monotonic() - began
+        self._events.write("profile", bytes=size, seconds=seconds)
+        if size > LARGE:
+            self._events.write(
+                "warning",
+                message=f"{self._path}: the trace takes {size / 1e6:,.0f} MB, and training waited {seconds:.0f} s "
+                "until it was written; trace fewer steps (--profile N)",
+            )
 
 
 STEP = "ProfilerStep*"
@@ -120,4 +133,10 @@ def shown(folder: Path) -> str | None:
     written = folder / "profile" / "rank-0.txt"
     if not written.is_file():
         return None
-    return f"{written.read_text(encoding='utf-8')}traces, for https://ui.perfetto.dev: {written.parent}/rank-*.json"
+    size = sum(trace.stat().st_size for trace in written.parent.glob("rank-*.json"))
+    seconds = [event["seconds"] for event in read_events(folder) if event["event"] == "profile"]
+    took = f"; training stood still for {sum(seconds):.1f} s" if seconds else ""
+    return (
+        f"{written.read_text(encoding='utf-8')}traces, for https://ui.perfetto.dev: {written.parent}/rank-*.json "
+        f"({size / 1e6:,.1f} MB{took})"
+    )

@@ -61,6 +61,22 @@ def test_a_run_that_is_too_short_says_so(ranks: Callable[..., Any], data: Path, 
     assert json.loads((tmp_path / "short" / "profile" / "rank-0.json").read_text())["traceEvents"]
 
 
+def test_a_large_trace_says_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "LARGE", 1)
+    (tmp_path / "events").mkdir()
+    events = Events(tmp_path, 0)
+    with profiling.profiled(tmp_path, 0, 1, events) as profile:
+        for _ in range(WARM_UP + 2):
+            profile.step()
+    events.close()
+    (said,) = warnings(tmp_path)
+    assert "the trace takes" in said and "trace fewer steps (--profile N)" in said
+    (event,) = (event for event in read_events(tmp_path) if event["event"] == "profile")
+    assert event["bytes"] == (tmp_path / "profile" / "rank-0.json").stat().st_size
+    shown = profiling.shown(tmp_path)
+    assert shown is not None and f"MB; training stood still for {event['seconds']:.1f} s)" in shown
+
+
 def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "events").mkdir()
     (tmp_path / "profile").write_text("in the way")
