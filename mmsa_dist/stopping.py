@@ -121,6 +121,8 @@ class Requests:
             signal.signal(signal.SIGHUP, signal.SIG_IGN if driven else self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # of torchrun, which has the same terminal
+            hangup.leave_terminal()
         self._why, self._number = f"{signal.Signals(number).name} to rank {self._rank}", number
 
     def come(self) -> bool:

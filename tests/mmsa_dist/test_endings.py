@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmsa_dist import launch, places, stopping, torchrun, watch, worker
+from mmsa_dist import hangup, launch, places, stopping, torchrun, watch, worker
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, DataError, StoppedError, TransientError
 from mmsa_dist.recipe import from_dict
@@ -89,7 +89,10 @@ def test_a_signal_ends_at_once_where_ranks_cannot_be_asked(
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_terminal_that_closes_asks_the_ranks_to_end_unless_that_is_ignored(nohup: bool, tmp_path: Path) -> None:
+def test_a_terminal_that_closes_asks_the_ranks_to_end_unless_that_is_ignored(
+    nohup: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hangup, "leave_terminal", lambda: None)  # which is that of the tests
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
         with stopping.Signals(tmp_path) as signals:
@@ -114,8 +117,11 @@ def test_each_command_that_goes_on_with_a_run_is_noted(tmp_path: Path, monkeypat
     assert [event.get("environment", {}).get("command") for event in attempts] == [["began"], None, ["went on"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_rank_of_torchrun_ends_with_the_code_of_its_signal(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_rank_of_torchrun_ends_with_the_code_of_its_signal(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hangup, "leave_terminal", lambda: None)
     heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.getsignal(each) for each in heard}
     requests = stopping.Requests(tmp_path, 1)
