@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import checkpoint, places, run_folder, stopping
-from mmsa_dist.diagnosis import diagnose, first_line, written_down
+from mmsa_dist.diagnosis import diagnose, first_line, has_told, written_down
 from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
 
@@ -144,7 +144,7 @@ def run_local(recipe: Recipe, folder: Path) -> str:
                         command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, close_fds=False
                     )
                 )
-        return _wait(processes)
+        return _wait(processes, folder)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -154,8 +154,8 @@ def run_local(recipe: Recipe, folder: Path) -> str:
         rendezvous.unlink(missing_ok=True)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
-    """Until all ranks ended well, or one did not: peers get two seconds to say what they saw."""
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
+    """Until all ranks ended well, or one did not and its peers are gone too."""
     while True:
         codes = [process.poll() for process in processes]
         bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
@@ -164,14 +164,25 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
             for late, process in enumerate(processes):
                 if process.poll() is None and _is_stopped(process.pid):
                     say(f"rank {late} (process {process.pid}) is stopped by a signal, and answers nobody")
-            deadline = time.monotonic() + 2
-            while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-                time.sleep(0.05)
+            _let_finish(processes, folder)
             if code is not None and code < 0:
                 return f"rank {rank} was ended by {signal.Signals(-code).name}"
             return f"rank {rank} ended with exit code {code}"
         if all(code == 0 for code in codes):
             return ""
+        time.sleep(0.05)
+
+
+def _let_finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Until all ranks are gone: each gets two seconds to say what it saw, and then the time to bring to the disk and to
+    the mirror what it has of a checkpoint. Whoever does neither is ended, as others may wait for it."""
+    deadline = time.monotonic() + 2
+    while left := [(rank, process) for rank, process in enumerate(processes) if process.poll() is None]:
+        if time.monotonic() >= deadline:
+            for rank, process in left:
+                writes = any((folder / "checkpoints").glob(f".partial-step-*-{process.pid}"))
+                if _is_stopped(process.pid) or not (writes or has_told(folder, rank)):
+                    process.kill()
         time.sleep(0.05)
 
 

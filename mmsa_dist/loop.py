@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,12 @@ def fit(
     report: Report,
     ledger: Ledger,
     requests: Requests | None = None,
+    told: AbstractContextManager[object] | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, tests once, and gives ``result.json``'s content.
+
+    Args:
+        told: is told of what went wrong before anything is waited for that is still being written or sent.
 
     Raises:
         StoppedError: the run was asked to end; all ranks have saved.
@@ -79,6 +84,7 @@ def fit(
         ledger.under("other"),
         Saver(session, events, ledger) as saver,
         profiled(session.folder, session.rank, recipe.train.profile, events) as profile,
+        told or nullcontext(),
     ):
         return train(session, Hooks(events, tracker, report, ledger, requests, saver, profile))
 

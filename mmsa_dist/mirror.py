@@ -212,12 +212,18 @@ class Sender:
             self._waiting[step] = held
             self._changed.notify()
 
-    def close(self) -> None:
-        """Until all that was offered is sent, or could not be."""
+    def close(self, alive: Callable[[], object] = lambda: None) -> None:
+        """Until all that was offered is sent, or could not be.
+
+        Args:
+            alive: is called every second meanwhile: a bucket that takes its time is no standstill.
+        """
         with self._changed:
             self._over = True
             self._changed.notify()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            alive()
 
     def _work(self) -> None:
         while True:

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -55,10 +56,14 @@ class Saver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._thread.shutdown()  # what is being written is finished, also where something else failed
+        if error is not None and self._writing is not None and self._writing.done.exception():
+            self._writing = None  # failed in the wake of `error`, which is the one to say
         if self._sender:
-            self._sender.close()
+            self._sender.close(self._ledger.beat)
             self.tell()
 
     def due(self) -> bool:

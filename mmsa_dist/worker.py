@@ -14,7 +14,8 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from mmsa_dist import run_folder
 from mmsa_dist.errors import MmsaError, StoppedError, TransientError
@@ -46,33 +47,24 @@ def run_rank(
     ledger = Ledger(watcher=watch.alive)
     events = run_folder.Events(folder, rank, ledger.booked)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
-    readers = ExitStack()
+    readers, told = ExitStack(), Told(folder, rank)
     try:
-        readers.enter_context(watch)
-        share_cores(recipe.launch.cpus_per_worker)
-        from mmsa_dist.loop import fit
-        from mmsa_dist.session import open_session
-        from mmsa_dist.tracking import open_tracker
+        with told:
+            readers.enter_context(watch)
+            share_cores(recipe.launch.cpus_per_worker)
+            from mmsa_dist.loop import fit
+            from mmsa_dist.session import open_session
+            from mmsa_dist.tracking import open_tracker
 
-        session = open_session(recipe, folder, rank, world)
-        readers.callback(session.loader.close)
-        events.write("ready", steps=session.engine.steps)
-        with open_tracker(folder, rank) as tracker:
-            result = fit(session, events, tracker, report or (lambda summary: None), ledger, requests)
-        session.close()
-        return result
+            session = open_session(recipe, folder, rank, world)
+            readers.callback(session.loader.close)
+            events.write("ready", steps=session.engine.steps)
+            with open_tracker(folder, rank) as tracker:
+                result = fit(session, events, tracker, report or (lambda summary: None), ledger, requests, told)
+            session.close()
+            return result
     except StoppedError:
         session.close()
-        raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            record_failure(folder, rank, error)
-            raise
-        full = TransientError(f"{error.filename or folder}: {error.strerror}; free space, then go on with --resume")
-        record_failure(folder, rank, full)
-        raise full from error
-    except BaseException as error:
-        record_failure(folder, rank, error)
         raise
     finally:
         readers.close()  # after a failure was told: they may be waiting for a server
@@ -90,6 +82,30 @@ def share_cores(cpus: int) -> None:
 
     torch.set_num_threads(cpus)
     sys.setswitchinterval(SWITCH)
+
+
+class Told:
+    """Writes down how a rank failed, as a context, which may be entered within itself: the innermost writes, so that
+    nothing that ends slowly (a checkpoint on its way, a server that is away) comes before it or hides it."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank, self._done = folder, rank, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self._done or isinstance(error, StoppedError):
+            return
+        self._done = True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename or self._folder
+            full = TransientError(f"{place}: {error.strerror}; free space, then go on with --resume")
+            record_failure(self._folder, self._rank, full)
+            raise full from error
+        record_failure(self._folder, self._rank, error)
 
 
 def record_failure(folder: Path, rank: int, error: BaseException) -> None:
@@ -165,7 +181,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a peer that died must not hold this one in a destructor
