@@ -62,6 +62,7 @@ class Saver:
         self._thread.shutdown()  # what is being written is finished, also where something else failed
         if error is not None and self._writing is not None and self._writing.done.exception():
             self._writing = None  # failed in the wake of `error`, which is the one to say
+        self.tell()
         if self._sender:
             self._sender.close(self._ledger.beat)
             self.tell()

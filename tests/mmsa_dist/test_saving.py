@@ -19,7 +19,7 @@ from mmsa_dist.errors import TransientError
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.loop import Progress
 from mmsa_dist.portable import MOMENTS, State
-from mmsa_dist.run_folder import Events
+from mmsa_dist.run_folder import Events, read_events
 from mmsa_dist.saving import Saver
 from mmsa_dist.worker import Told
 
@@ -65,9 +65,12 @@ def failed(folder: Path, error: Exception | None = None) -> None:
 
 
 def test_a_failure_is_told_before_the_checkpoint_is_waited_for(run: Path) -> None:
+    """And the checkpoint, which is whole, is said to be: what it holds is not booked as lost."""
     with pytest.raises(ValueError, match="the true one"):
         failed(run)
     assert checkpoint.saved(run / "checkpoints") == [run / "checkpoints" / "step-00000007"]
+    (saved,) = (event for event in read_events(run) if event["event"] == "saved")
+    assert saved["step"] == 7 and saved["kept"]["checkpoint"] >= 0
 
 
 def test_what_fails_in_its_wake_is_not_what_is_told(run: Path) -> None:
