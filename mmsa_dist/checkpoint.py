@@ -109,7 +109,7 @@ def tidy(folder: Path) -> list[str]:
     for path, fault in faults.items():
         aside = put_aside(path)
         sentences.append(f"{path}: {fault}; it is put aside as {aside.name}, the newest whole one before it is used")
-    if faults and (best := _best_step(saved(folder)[-1])) and step_folder(folder, best) in faults:
+    if faults and (best := best_step(saved(folder)[-1])) and step_folder(folder, best) in faults:
         sentences.append(
             f"{step_folder(folder, best)}: was the best epoch's: the run cannot be evaluated unless a later epoch is "
             "better; train it as a new run where none is to come"
@@ -117,7 +117,7 @@ def tidy(folder: Path) -> list[str]:
     return sentences
 
 
-def _best_step(path: Path) -> int | None:
+def best_step(path: Path) -> int | None:
     """The step of the best epoch, as the whole checkpoint at `path` knows it."""
     run = json.loads((path / "progress.json").read_text(encoding="utf-8"))["run"]
     return run.get("best_step") or None

@@ -95,21 +95,26 @@ class Mirror:
         return {int(name) for name in names if name.isdigit()}
 
     def restore(self, folder: Path) -> int | None:
-        """Brings the newest checkpoint into the run's `folder`, and its best one, where they are newer than what is
-        there and whole; gives the newest one's step, None where nothing was brought.
+        """Brings the newest checkpoint into the run's `folder`, where it is newer than what is there and whole, and the
+        best one where that is missing or damaged; gives the newest step that was brought, None for nothing.
 
         Raises:
             DataError: what is there is damaged. ConfigError, TransientError: it cannot be read.
         """
-        newest = max(self.steps(), default=0)
-        own = [path for path in checkpoint.saved(folder / "checkpoints") if checkpoint.step_of(path) >= newest]
-        if not newest or any(checkpoint.damage(path) is None for path in own):
+        held, own = self.steps(), checkpoint.saved(folder / "checkpoints")
+        if not held:
             return None
-        brought = self._bring(newest, folder)
-        best = json.loads((brought / "progress.json").read_text(encoding="utf-8"))["run"].get("best_step")
-        if best and best != newest and checkpoint.damage(checkpoint.step_folder(folder / "checkpoints", best)):
+        newer = [path for path in own if checkpoint.step_of(path) >= max(held) and checkpoint.damage(path) is None]
+        brought = None if newer else max(held)
+        best = checkpoint.best_step(newer[-1] if brought is None else self._bring(brought, folder))
+        if (
+            best
+            and (brought or best in held)
+            and checkpoint.damage(checkpoint.step_folder(folder / "checkpoints", best))
+        ):
             self._bring(best, folder)
-        return newest
+            return brought or best
+        return brought
 
     def bring_description(self, folder: Path) -> None:
         """Brings the run's description into `folder`, its recipe last: a folder without one is no run.

@@ -82,6 +82,24 @@ def test_a_whole_one_takes_the_place_of_a_damaged_one(damaged: int, bucket: Buck
     assert mirror.restore(tmp_path) is None
 
 
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_the_best_one_comes_back_also_where_the_newest_is_whole(how: str, bucket: Bucket, tmp_path: Path) -> None:
+    mirror, own = Mirror(ADDRESS), tmp_path / "checkpoints"
+    for step in (1, 3):
+        mirror.put(write(tmp_path, step, 1), step)
+    best = own / "step-00000001"
+    if how == "missing":
+        shutil.rmtree(best)
+    else:
+        (best / "weights.safetensors").write_bytes(b"")
+    assert mirror.restore(tmp_path) == 1
+    assert [checkpoint.damage(path) for path in checkpoint.saved(own)] == [None, None]
+    assert mirror.restore(tmp_path) is None
+    mirror.keep({3})
+    shutil.rmtree(best)
+    assert mirror.restore(tmp_path) is None, "the mirror has it no more"
+
+
 def test_without_its_manifest_there_is_none(bucket: Bucket, tmp_path: Path) -> None:
     """As a kill leaves it that came while it was sent."""
     mirror = Mirror(ADDRESS)
