@@ -24,7 +24,9 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "labels.safetensors", "progress.json")
+WEIGHTS = "weights.safetensors"
+
+FILES = (WEIGHTS, "optimizer.safetensors", "labels.safetensors", "progress.json")
 
 
 @dataclass
@@ -152,7 +154,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: they are not as they were written.
     """
-    fault = damage(path, ("weights.safetensors",))
+    fault = damage(path, (WEIGHTS,))
     if fault is not None:
         raise DataError(f"{path}: {fault}; use an older checkpoint of the run, or train it again")
     return load_file(path / "weights.safetensors")
@@ -176,6 +178,26 @@ def load(path: Path) -> Checkpoint:
     weights = load_file(path / "weights.safetensors")
     state = State(progress["engine_step"], weights, moments, progress.get("loss_scale", {}))  # older versions kept none
     return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
+
+
+def keep_weights(path: Path, folder: Path) -> None:
+    """The weights of the checkpoint at `path` as ``folder/weights.safetensors``, with the size and sha256 that they
+    were written with in a manifest; it comes last, and is gone as long as they may differ."""
+    folder.mkdir(exist_ok=True)
+    for name in (MANIFEST, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    link_or_copy(path / WEIGHTS, folder / WEIGHTS)
+    files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    text = json.dumps({"schema": SCHEMA, "files": {WEIGHTS: files[WEIGHTS]}}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """The same bytes under another name: a link, or a copy where links are not to be had."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def write_manifest(folder: Path, **more: Any) -> None:

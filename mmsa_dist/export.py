@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmsa_dist import checkpoint
 from mmsa_dist.errors import ConfigError, DataError, TransientError
-from mmsa_dist.predictor import WEIGHTS, Predictor
+from mmsa_dist.predictor import WEIGHTS, Predictor, check_whole, weights_path
 
 HELP = """usage: mmsa-dist export MODEL --to DIR [--tracking-uri URI] [--runs-dir FOLDER]
 
@@ -102,9 +102,9 @@ def best_weights(source: Path) -> Path:
     Raises:
         DataError: there are none that are whole.
     """
-    for finished in (source / WEIGHTS, source / "best" / WEIGHTS):
-        if finished.is_file():
-            return finished
+    if (source / WEIGHTS).is_file() or (source / "best" / WEIGHTS).is_file():
+        check_whole(source, "export the model again")
+        return weights_path(source)
     saved = checkpoint.saved(source / "checkpoints")
     if not saved:
         raise DataError(f"{source}: holds no weights; give a run that has finished an epoch, or a model's folder")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from mmsa_dist.dry import dry_run
 from mmsa_dist.errors import StoppedError, TrainingError
 from mmsa_dist.evaluation import by_set, evaluate, save_predictions
 from mmsa_dist.ledger import Ledger
-from mmsa_dist.mirror import link_or_copy
 from mmsa_dist.profiling import Profile, profiled
 from mmsa_dist.run_folder import Events
 from mmsa_dist.saving import Saver
@@ -192,18 +190,10 @@ def finish(session: Session, state: Progress, events: Events, ledger: Ledger) ->
         if session.rank == 0:
             save_predictions(session, split, evaluation)
     if session.rank == 0:
-        keep_best(best / "weights.safetensors", session.folder / "best")
+        checkpoint.keep_weights(best, session.folder / "best")
         run_folder.write_json(session.folder / "result.json", result)  # last: a run with a result is a finished one
     events.write("end", **result)
     return result
-
-
-def keep_best(weights: Path, folder: Path) -> None:
-    """``best/weights.safetensors``: a link to the checkpoint's, or a copy where links are not to be had."""
-    folder.mkdir(exist_ok=True)
-    target = folder / "weights.safetensors"
-    target.unlink(missing_ok=True)
-    link_or_copy(weights, target)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -101,17 +101,14 @@ class Mirror:
         Raises:
             DataError: what is there is damaged. ConfigError, TransientError: it cannot be read.
         """
-        held, own = self.steps(), checkpoint.saved(folder / "checkpoints")
+        held, saved = self.steps(), folder / "checkpoints"
         if not held:
             return None
-        newer = [path for path in own if checkpoint.step_of(path) >= max(held) and checkpoint.damage(path) is None]
+        newer = [path for path in checkpoint.saved(saved) if checkpoint.step_of(path) >= max(held)]
+        newer = [path for path in newer if checkpoint.damage(path) is None]
         brought = None if newer else max(held)
         best = checkpoint.best_step(newer[-1] if brought is None else self._bring(brought, folder))
-        if (
-            best
-            and (brought or best in held)
-            and checkpoint.damage(checkpoint.step_folder(folder / "checkpoints", best))
-        ):
+        if best and (brought or best in held) and checkpoint.damage(checkpoint.step_folder(saved, best)):
             self._bring(best, folder)
             return brought or best
         return brought
@@ -254,13 +251,5 @@ def _held(path: Path) -> Path:
     shutil.rmtree(held, ignore_errors=True)
     held.mkdir()
     for file in path.iterdir():
-        link_or_copy(file, held / file.name)
+        checkpoint.link_or_copy(file, held / file.name)
     return held
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    """The same bytes under another name: a link, or a copy where links are not to be had."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)

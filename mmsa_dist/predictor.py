@@ -61,11 +61,9 @@ class Predictor:
             DataError: a file is missing or does not fit the others.
             ConfigError: the recipe names a system that is not here, or cannot be built.
         """
-        from mmsa_dist.checkpoint import damage
         from mmsa_dist.systems import make_system
 
-        if (folder / "manifest.json").is_file() and (fault := damage(folder, None)) is not None:
-            raise DataError(f"{folder}: {fault}; export the model again")
+        check_whole(folder, "export the model again")
         recipe = read_recipe(_present(folder / RECIPE))
         card = DataCard.load(folder)
         text = _text(card, folder)
@@ -169,10 +167,23 @@ def weights_path(folder: Path) -> Path:
     """The weights of a model folder, else the best ones of a run folder.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or the best ones are damaged.
     """
     own = folder / WEIGHTS
-    return own if own.is_file() else _present(folder / "best" / WEIGHTS)
+    if own.is_file():
+        return own
+    best = _present(folder / "best" / WEIGHTS)
+    check_whole(best.parent, "take the registered model, or train the run again")
+    return best
+
+
+def check_whole(folder: Path, remedy: str) -> None:
+    """Raises DataError where a file in `folder` is not what its manifest says; older versions wrote none in ``best/``,
+    and MLflow's model folders have none."""
+    from mmsa_dist.checkpoint import damage
+
+    if (folder / "manifest.json").is_file() and (fault := damage(folder, None)) is not None:
+        raise DataError(f"{folder}: {fault}; {remedy}")
 
 
 def check_width(where: str, name: str, found: int, wanted: int) -> None:

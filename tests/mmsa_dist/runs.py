@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mmsa_dist import run_folder
+from mmsa_dist import checkpoint, run_folder
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.metrics import evaluate, kind_for
 from mmsa_dist.recipe import Recipe, from_dict
@@ -117,6 +117,7 @@ def _train(run: Path, recipe: Recipe, index: Index, spec: DataSpec) -> None:
         test = _evaluate(run, system, loader, index, "test")
     events.close()
     save_file(system.state_dict(), run / "best" / "weights.safetensors")
+    checkpoint.write_manifest(run / "best")
     result = {
         "system": recipe.system,
         "data": index.name,

@@ -126,3 +126,17 @@ def test_weights_are_not_loaded_unverified(tmp_path: Path) -> None:
         checkpoint.load_weights(path)
     with pytest.raises(DataError, match=r"no manifest\.json"):
         checkpoint.load_weights(tmp_path / "step-00000009")
+
+
+def test_the_weights_that_are_kept_can_be_checked(tmp_path: Path) -> None:
+    """By what they were written with, not by what they are when they are kept."""
+    best = tmp_path / "best"
+    checkpoint.keep_weights(write(tmp_path, 1), best)
+    assert checkpoint.damage(best, None) is None
+    flip(best / "weights.safetensors")
+    assert checkpoint.damage(best, None) == "weights.safetensors differs from its sha256"
+    checkpoint.keep_weights(write(tmp_path, 2), best)
+    assert checkpoint.damage(best, None) is None and sorted(path.name for path in best.iterdir()) == [
+        "manifest.json",
+        "weights.safetensors",
+    ]

@@ -1,6 +1,7 @@
 """`mmsa-dist export`: what leaves a run loads with torch alone, answers as the run does, and is checked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_what_was_changed_is_not_loaded(name: str, run: Path, tmp_path: Path) ->
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(DataError, match=r"bytes, expected \d+; export the model again"):
         Predictor.load(tmp_path / "model")
+
+
+def test_a_flipped_bit_is_not_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither of a run nor of a model's folder: it would get checksums that agree with it."""
+    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
+    shutil.copytree(run, tmp_path / "run")
+    for folder in (tmp_path / "run" / "best", tmp_path / "model"):
+        content = bytearray((folder / "weights.safetensors").read_bytes())
+        content[-1] ^= 1
+        (folder / "weights.safetensors").write_bytes(content)
+    for source, place in (("run", "run/best"), ("model", "model")):
+        capsys.readouterr()
+        assert main(["export", str(tmp_path / source), "--to", str(tmp_path / "again")]) == 3
+        assert f"{tmp_path / place}: weights.safetensors differs from its sha256; " in capsys.readouterr().err
+        assert not (tmp_path / "again").exists()
 
 
 def test_a_run_that_goes_on_gives_its_best_epoch_so_far(run: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_whatever_cannot_be_sent_costs_a_warning(tmp_path: Path, monkeypatch: py
         while not warnings:
             time.sleep(0.01)
     with monkeypatch.context() as full:
-        full.setattr("mmsa_dist.mirror.link_or_copy", lambda *args: os.close(-1))
+        full.setattr("mmsa_dist.checkpoint.link_or_copy", lambda *args: os.close(-1))
         sender.offer(write(tmp_path, 2), None)
     sender.offer(write(tmp_path, 3), None)
     sender.close()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mmsa_dist import checkpoint
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.predictor import Predictor, chunks
@@ -184,6 +185,9 @@ def test_a_missing_file_is_said(file: str, run: Path) -> None:
 def test_damaged_weights_are_said(run: Path) -> None:
     weights = run / "best" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"best: weights.safetensors has 1000 bytes, expected \d+; take the registered"):
+        Predictor.load(run)
+    (run / "best" / "manifest.json").unlink()  # as older versions left it
     with pytest.raises(DataError, match=r"weights.safetensors: damaged"):
         Predictor.load(run)
 
@@ -194,6 +198,8 @@ def test_weights_of_another_system_are_said(run: Path) -> None:
     first = sorted(tensors)[0]
     del tensors[first]
     save_file(tensors, weights)
+    (run / "best" / "manifest.json").unlink()
+    checkpoint.write_manifest(weights.parent)
     with pytest.raises(DataError, match=f"does not fit SelfMM of this version: {first} is missing"):
         Predictor.load(run)
 
