@@ -105,6 +105,7 @@ def _brought(address: str, runs_dir: Path) -> Path:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+    mirror.bring_end(folder)
     return folder
 
 

@@ -22,6 +22,12 @@ from shards.remote.url import folder_url, is_url
 DESCRIPTION = ("recipe.yaml", "data.json", "plan.json", "environment.json", "mlflow.json")
 """Files of a run's folder that a run on another machine goes on with."""
 
+END = (
+    "events/rank-0.jsonl", "events/driver.jsonl", "predictions/valid.npz", "predictions/test.npz", "time.json",
+    "mlflow.json", "result.json",
+)  # fmt: skip
+"""Files that a finished run leaves, its result last: a run with a result is a finished one."""
+
 LARGEST = 16 * 2**20
 """Bytes of a manifest or of a description; more is something else."""
 
@@ -60,6 +66,16 @@ class Mirror:
             ConfigError: access is denied. TransientError: the bucket does not answer.
         """
         for name in DESCRIPTION:
+            if (folder / name).is_file():
+                self._send(folder / name, name)
+
+    def put_end(self, folder: Path) -> None:
+        """Sends what the finished run in `folder` leaves, its best weights excepted, which are a checkpoint's.
+
+        Raises:
+            MmsaError: it could not be sent.
+        """
+        for name in END:
             if (folder / name).is_file():
                 self._send(folder / name, name)
 
@@ -127,6 +143,42 @@ class Mirror:
                     raise DataError(f"{self.address}: there is no run (no recipe.yaml)") from None
                 continue
             (folder / name).write_bytes(content)
+
+    def bring_end(self, folder: Path) -> None:
+        """Brings what a finished run left, its best weights too, where `folder` has no result and the mirror has one.
+
+        Raises:
+            DataError: it is damaged. ConfigError, TransientError: it cannot be read.
+        """
+        if (folder / "result.json").is_file() or not with_patience(self.address, self._is_finished):
+            return
+        self.restore(folder)
+        saved = [path for path in checkpoint.saved(folder / "checkpoints") if checkpoint.damage(path) is None]
+        if saved and (best := checkpoint.best_step(saved[-1])):
+            checkpoint.keep_weights(checkpoint.step_folder(folder / "checkpoints", best), folder / "best")
+        for name in END:
+            self._fetch(name, folder / name)
+
+    def _is_finished(self) -> bool:
+        return bool(self._fs.exists(f"{self.address}/{END[-1]}"))
+
+    def _fetch(self, name: str, target: Path) -> None:
+        """Brings a file that has no checksum, where it is there."""
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+
+        def attempt() -> bool:
+            try:
+                self._fs.get_file(f"{self.address}/{name}", str(partial))
+            except FileNotFoundError:
+                return False
+            return True
+
+        try:
+            if with_patience(f"{self.address}/{name}", attempt):
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _bring(self, step: int, folder: Path) -> Path:
         target = checkpoint.step_folder(folder / "checkpoints", step)

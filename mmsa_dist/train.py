@@ -252,6 +252,8 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
         if spent.wall:  # none of a run that an older version began
             run_folder.write_json(folder / "time.json", spent.dump())
             print(spent)
+    if recipe.checkpoint.mirror:
+        finish_mirror(recipe.checkpoint.mirror, folder)
     published = None
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import finish_run
@@ -262,6 +264,8 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
             raise TransientError(
                 f"{error}; the run itself is whole: record it later with mmsa-dist train --resume {folder}"
             ) from error
+        if recipe.checkpoint.mirror:  # it knows the model now
+            finish_mirror(recipe.checkpoint.mirror, folder)
     if published and published.name:
         named = ", ".join(f"@{alias}" for alias in published.aliases)
         print(f"registered {published.uri}" + (f" as {named}" if named else ""))
@@ -271,6 +275,16 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
         f"everything of this run is in {folder}; predict with:\n"
         f"  mmsa-dist predict {folder} --data FOLDER --out predictions.csv"
     )
+
+
+def finish_mirror(address: str, folder: Path) -> None:
+    """The mirror knows that the run is finished, so that nobody who goes on from there reads the test split again."""
+    from mmsa_dist.mirror import Mirror
+
+    try:
+        Mirror.of(address, folder).put_end(folder)
+    except MmsaError as error:
+        print(f"warning: the result is not in the mirror: {error}", file=sys.stderr)
 
 
 def train_under_torchrun(recipe: Recipe, folder: Path | None, runs_dir: Path, name: str | None) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mmsa_dist import checkpoint
+from mmsa_dist import checkpoint, run_folder, train
+from mmsa_dist.__main__ import main
 from mmsa_dist.checkpoint import Checkpoint
 from mmsa_dist.errors import ConfigError, DataError, TransientError
-from mmsa_dist.mirror import Mirror, Sender
+from mmsa_dist.mirror import END, Mirror, Sender
 from mmsa_dist.portable import MOMENTS, State
 from shards.remote import store
+from tests.mmsa_dist.runs import packed, trained
 from tests.shards.remote.servers import BUCKET, Bucket, google, s3
 
 ADDRESS = f"s3://{BUCKET}/runs/one"
@@ -171,6 +174,38 @@ def test_whatever_cannot_be_sent_costs_a_warning(tmp_path: Path, monkeypatch: py
 def described(folder: Path) -> Path:
     (folder / "recipe.yaml").write_text("system: self_mm\n")
     return folder
+
+
+def test_a_finished_run_is_finished_in_its_mirror_too(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder is gone: nothing is evaluated again, and all that it left is there."""
+    index, store = packed(tmp_path / "data"), f"s3://{BUCKET}/runs"
+    untracked = {"tracking": {"enabled": False}, "checkpoint": {"mirror": store}}
+    run, recipe = trained(tmp_path / "runs", index, "one", **untracked)
+    Mirror(ADDRESS).describe(run)
+    for step in (1, 2):
+        Mirror(ADDRESS).put(write(run, step, 1), step)
+    train.conclude(recipe, run, run_folder.read_json(run / "result.json"))
+    left = {name: (run / name).read_bytes() for name in END if (run / name).is_file()}
+    assert {"events/rank-0.jsonl", "predictions/test.npz", "result.json"} <= left.keys()
+    shutil.rmtree(run)
+    assert main(["train", "--resume", ADDRESS, "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert f"--resume {run}: the run is finished; its result is in {run / 'result.json'}" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in left} == left
+    assert checkpoint.damage(run / "best", None) is None
+    assert torch.equal(load_file(run / "best" / "weights.safetensors")["w"], torch.ones(3))
+    assert not list(run.rglob(".*"))
+
+
+def test_a_result_that_cannot_be_sent_costs_a_warning(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "1.5")
+    run_folder.write_json(tmp_path / "result.json", {})
+    train.finish_mirror(f"s3://{BUCKET}/runs", tmp_path)
+    assert "warning: the result is not in the mirror: s3://" in capsys.readouterr().err
 
 
 def test_addresses_that_cannot_be(bucket: Bucket, tmp_path: Path) -> None:
