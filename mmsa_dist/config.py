@@ -231,8 +231,9 @@ class CheckpointConfig(Strict):
     keep: int = Field(default=1, ge=1)
     """Newest checkpoints kept, beside the best one."""
     mirror: str | None = None
-    """Address (s3://bucket/folder) that the newest and the best checkpoint are sent to as well; on a machine that lacks
-    the run's folder, `--resume` ADDRESS/RUN goes on from there."""
+    """Address (s3://bucket/folder, gs://bucket/folder, or file:///folder on another disk) that the newest and the best
+    checkpoint are sent to as well; on a machine that lacks the run's folder, `--resume` ADDRESS/RUN goes on from there.
+    """
 
 
 class TrackingConfig(Strict):

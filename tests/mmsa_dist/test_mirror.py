@@ -250,3 +250,10 @@ def test_a_bucket_of_google_is_a_mirror_too(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TransientError, match="the connection is refused; 5 tries"):
         mirror.steps()
     store._filesystem.cache_clear()
+
+
+def test_the_help_names_every_address_there_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "self_mm", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Address (s3://bucket/folder, gs://bucket/folder, or file:///folder" in said
