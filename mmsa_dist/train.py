@@ -241,6 +241,30 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     """Records and registers the model, and prints the table."""
+    with recorded_later(recipe, folder):
+        _conclude(recipe, folder, result)
+
+
+@contextmanager
+def recorded_later(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Says how a run that is whole is recorded where that did not end well; and in MLflow, where that is there."""
+    later = f"the run itself is whole: record it later with mmsa-dist train --resume {folder}"
+    try:
+        yield
+    except TransientError as error:
+        raise TransientError(f"{error}; {later}") from error
+    except BaseException as error:
+        if recipe.tracking.enabled:
+            from mmsa_dist.tracking import end_run
+
+            stopped = isinstance(error, KeyboardInterrupt)
+            end_run(folder, "KILLED" if stopped else "FAILED")
+            if stopped:
+                print(later, file=sys.stderr)
+        raise
+
+
+def _conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     from mmsa_dist.report import result_table
     from shards.progress import console
 
@@ -258,12 +282,7 @@ def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     if recipe.tracking.enabled:
         from mmsa_dist.tracking import finish_run
 
-        try:
-            published = finish_run(folder, recipe)
-        except TransientError as error:
-            raise TransientError(
-                f"{error}; the run itself is whole: record it later with mmsa-dist train --resume {folder}"
-            ) from error
+        published = finish_run(folder, recipe)
         if recipe.checkpoint.mirror:  # it knows the model now
             finish_mirror(recipe.checkpoint.mirror, folder)
     if published and published.name:

@@ -13,10 +13,11 @@ import yaml
 from mlflow import MlflowClient
 
 from mmsa_dist import train
+from mmsa_dist.cli import unrecorded
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import Recipe, from_dict
-from mmsa_dist.run_folder import read_events
+from mmsa_dist.run_folder import read_events, read_json
 from mmsa_dist.tracking import NullTracker, end_run, finish_run, open_run, open_tracker, store
 from mmsa_dist.tracking.tracker import LINK, SPILL, Link, MlflowTracker, replay
 from shards.index import Index
@@ -341,6 +342,27 @@ def test_epochs_that_a_killed_rank_took_with_it_are_taken_from_its_events(
     events = [event for event in read_events(folder) if event["event"] == "epoch"]
     assert sorted((m.step, m.value) for m in history) == [(event["step"], event["train_loss"]) for event in events]
     assert client_of(runs_dir).search_registered_models() == []
+
+
+def test_a_run_that_is_stopped_while_it_is_registered_says_how_that_is_made_up_for(
+    runs_dir: Path, trained: tuple[Path, Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = trained
+    folder, recipe = described(runs_dir, trained)
+    run_id = open_run(folder, recipe)
+    for part in ("events", "predictions", "best"):
+        shutil.copytree(source / part, folder / part)
+    shutil.copyfile(source / "result.json", folder / "result.json")
+
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmsa_dist.tracking.models.publish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.conclude(recipe, folder, read_json(folder / "result.json"))
+    assert client_of(runs_dir).get_run(run_id).info.status == "KILLED"
+    assert f"record it later with mmsa-dist train --resume {folder}\n" in capsys.readouterr().err
+    assert unrecorded(folder), "so that --resume does not take it for done"
 
 
 def test_an_end_that_cannot_be_recorded_does_not_hide_the_error(
