@@ -92,23 +92,30 @@ class Mirror:
             self._send(path / name, f"{place}/{name}")
 
     def keep(self, steps: set[int]) -> None:
-        """Removes all other checkpoints, their manifests first."""
-        for step in self.steps() - steps:
+        """Removes all other checkpoints, their manifests first; also what a kill left of one that was being sent."""
+        for step in self._found("") - steps:
             place = f"checkpoints/step-{step:08d}"
             for name in (checkpoint.MANIFEST, *checkpoint.FILES):
                 self._remove(f"{place}/{name}")
+            if self.address.startswith("file://"):  # a bucket has no folders
+                with suppress(OSError):
+                    self._fs.rmdir(f"{self.address}/{place}")
 
     def steps(self) -> set[int]:
         """Steps of which there is a whole checkpoint."""
+        return self._found(f"/{checkpoint.MANIFEST}")
+
+    def _found(self, file: str) -> set[int]:
+        """Steps in whose folders there is `file`, a slash and a name; '' for all folders."""
 
         def found() -> list[str]:
             try:
-                return list(self._fs.glob(f"{self.address}/checkpoints/step-*/{checkpoint.MANIFEST}"))
+                return list(self._fs.glob(f"{self.address}/checkpoints/step-*{file}"))
             except FileNotFoundError:
                 return []
 
-        names = (name.split("/")[-2].removeprefix("step-") for name in with_patience(self.address, found))
-        return {int(name) for name in names if name.isdigit()}
+        names = (name.removesuffix(file).rpartition("/")[2] for name in with_patience(self.address, found))
+        return {int(step) for name in names if (step := name.removeprefix("step-")).isdigit()}
 
     def restore(self, folder: Path) -> int | None:
         """Brings the newest checkpoint into the run's `folder`, where it is newer than what is there and whole, and the

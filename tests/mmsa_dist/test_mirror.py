@@ -112,6 +112,22 @@ def test_without_its_manifest_there_is_none(bucket: Bucket, tmp_path: Path) -> N
     assert mirror.steps() == {1} and mirror.restore(tmp_path / "new") == 1
 
 
+@pytest.mark.parametrize("address", [ADDRESS, "a folder"])
+def test_what_is_not_kept_leaves_nothing(address: str, bucket: Bucket, tmp_path: Path) -> None:
+    """Nor does what a kill left that came while it was sent."""
+    folder = tmp_path / "mirror"
+    mirror = Mirror(address if "://" in address else folder.as_uri())
+    for step in (1, 2, 3):
+        mirror.put(write(tmp_path, step), step)
+    mirror._remove("checkpoints/step-00000002/manifest.json")
+    mirror.keep({3})
+    if mirror.address == ADDRESS:
+        assert {key.split("/")[1] for key in keys(bucket)} == {"step-00000003"}
+    else:
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert mirror.steps() == {3}
+
+
 def test_damage_is_said_and_nothing_half_brought_stays(bucket: Bucket, tmp_path: Path) -> None:
     mirror = Mirror(ADDRESS)
     mirror.put(write(tmp_path, 1), 1)
