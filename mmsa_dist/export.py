@@ -1,6 +1,7 @@
 """`mmsa-dist export`: a trained system as a folder that loads with this package and torch alone."""
 
 import argparse
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -75,25 +76,38 @@ def export(source: Path, target: Path) -> str:
     Raises:
         ConfigError: `target` is taken. DataError: there are no whole weights. TransientError: it cannot be written.
     """
-    from mmsa_dist.tracking.models import model_folder
-
     target = target.resolve()
     if target.exists():
         raise ConfigError(f"--to {target}: is there already; choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            made = Path(scratch) / "model"
-            model_folder(source, made, best_weights(source))
+            made = _made(source, Path(scratch))
             (made / "README.md").write_text(described(Predictor.load(made), target), encoding="utf-8")
             checkpoint.write_manifest(made)
             made.replace(target)
     except OSError as error:
+        if error.filename and Path(error.filename).is_relative_to(source):
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
         raise TransientError(f"--to {target}: cannot be written: {error.strerror or error}") from error
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return (
         f"{target}: {size / 1e6:,.1f} MB; predict with: mmsa-dist predict {target} --data FOLDER --out predictions.csv"
     )
+
+
+def _made(source: Path, scratch: Path) -> Path:
+    """A model's folder in `scratch`; again where a run that goes on has removed the checkpoint that was being read."""
+    from mmsa_dist.tracking.models import model_folder
+
+    while True:
+        listed = checkpoint.saved(source / "checkpoints")
+        try:
+            return model_folder(source, scratch / "model", best_weights(source))
+        except (OSError, DataError):
+            if checkpoint.saved(source / "checkpoints") == listed:
+                raise
+            shutil.rmtree(scratch / "model", ignore_errors=True)
 
 
 def best_weights(source: Path) -> Path:
@@ -108,7 +122,9 @@ def best_weights(source: Path) -> Path:
     saved = checkpoint.saved(source / "checkpoints")
     if not saved:
         raise DataError(f"{source}: holds no weights; give a run that has finished an epoch, or a model's folder")
-    step = checkpoint.load(saved[-1]).progress.get("best_step")
+    if (fault := checkpoint.damage(saved[-1], ("progress.json",))) is not None:
+        raise DataError(f"{saved[-1]}: {fault}; go on with the run, which puts it aside, and export then")
+    step = checkpoint.best_step(saved[-1])
     if not step:
         raise DataError(f"{source}: no epoch of the run has been evaluated yet; wait for one")
     best = checkpoint.step_folder(source / "checkpoints", step)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,17 +84,53 @@ def test_a_flipped_bit_is_not_exported(run: Path, tmp_path: Path, capsys: pytest
         assert not (tmp_path / "again").exists()
 
 
-def test_a_run_that_goes_on_gives_its_best_epoch_so_far(run: Path, tmp_path: Path) -> None:
-    unfinished = tmp_path / "run"
-    unfinished.mkdir()
-    for name in ("recipe.yaml", "data.json"):
-        (unfinished / name).write_bytes((run / name).read_bytes())
+def saved(run: Path, unfinished: Path, step: int, best: int) -> None:
+    """A checkpoint of a run that goes on; only the newest and the best one are kept."""
     weights = {name: value + 0 for name, value in Predictor.load(run).system.state_dict().items()}
+    more = {name: value + step if value.is_floating_point() else value for name, value in weights.items()}
+    content = Checkpoint(State(step, more, {"exp_avg": {}, "exp_avg_sq": {}}), {}, {"best_step": best})
+    checkpoint.save(unfinished / "checkpoints", content, 1, best)
+
+
+@pytest.fixture
+def unfinished(run: Path, tmp_path: Path) -> Path:
+    """A run after two epochs, of which the first was the better one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("recipe.yaml", "data.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
     for step in (1, 2):
-        more = {name: value + step if value.is_floating_point() else value for name, value in weights.items()}
-        moments = {"exp_avg": {}, "exp_avg_sq": {}}
-        content = Checkpoint(State(step, more, moments), {}, {"best_step": 1})
-        checkpoint.save(unfinished / "checkpoints", content, 9, 1)
+        saved(run, folder, step, 1)
+    return folder
+
+
+@pytest.mark.parametrize("when", ["looked for", "copied"])
+def test_a_best_epoch_that_is_removed_meanwhile_gives_way_to_the_new_one(
+    when: str, run: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = {"looked for": (checkpoint, "best_step"), "copied": (shutil, "copyfile")}[when]
+    real = getattr(module, name)
+
+    def removed(*args: Any) -> Any:
+        found = None if when == "copied" else real(*args)
+        monkeypatch.undo()
+        saved(run, unfinished, 3, 3)
+        return real(*args) if when == "copied" else found
+
+    monkeypatch.setattr(module, name, removed)
+    assert main(["export", str(unfinished), "--to", str(tmp_path / "model")]) == 0
+    third = checkpoint.load_weights(unfinished / "checkpoints" / "step-00000003")
+    given = Predictor.load(tmp_path / "model").system.state_dict()
+    assert all((given[name] == value).all() for name, value in third.items())
+
+
+def test_what_cannot_be_read_is_named(unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (unfinished / "recipe.yaml").unlink()
+    assert main(["export", str(unfinished), "--to", str(tmp_path / "model")]) == 3
+    assert f"error: {unfinished / 'recipe.yaml'}: cannot be read: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_gives_its_best_epoch_so_far(unfinished: Path, tmp_path: Path) -> None:
     assert main(["export", str(unfinished), "--to", str(tmp_path / "model")]) == 0
     first = checkpoint.load_weights(unfinished / "checkpoints" / "step-00000001")
     given = Predictor.load(tmp_path / "model").system.state_dict()
