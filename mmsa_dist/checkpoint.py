@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         ) from error
     _retain(folder, keep, best_step)
     return target
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While this process has something of a checkpoint to finish before it ends, which is known by that in `folder`."""
+    mark = folder / f".partial-held-{os.getpid()}"
+    with suppress(OSError):
+        mark.mkdir()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.rmdir()
+
+
+def is_held(folder: Path, pid: int) -> bool:
+    """Whether a process of this machine writes a checkpoint, or has something of one to finish."""
+    return any(folder.glob(f".partial-*-{pid}"))
 
 
 def tidy(folder: Path) -> list[str]:

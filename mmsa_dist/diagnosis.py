@@ -63,11 +63,6 @@ def failures(folder: Path) -> list[dict[str, Any] | None]:
     return entries
 
 
-def has_told(folder: Path, rank: int) -> bool:
-    """Whether a rank has written down how it failed."""
-    return any((folder / "failures").glob(f"*-rank-{rank}.json"))
-
-
 def written_down(folder: Path) -> list[dict[str, Any]]:
     """Failures that ranks could name themselves: errors of ours, with an exit code."""
     return [entry for entry in failures(folder) if entry and entry["exit_code"] is not None]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import checkpoint, places, run_folder, stopping
-from mmsa_dist.diagnosis import diagnose, first_line, has_told, written_down
+from mmsa_dist.diagnosis import diagnose, first_line, written_down
 from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.recipe import Recipe, from_dict
 
@@ -176,13 +176,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
 def _let_finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
     """Until all ranks are gone: each gets two seconds to say what it saw, and then the time to bring to the disk and to
     the mirror what it has of a checkpoint. Whoever does neither is ended, as others may wait for it."""
-    deadline = time.monotonic() + 2
+    deadline, said = time.monotonic() + 2, set[int]()
     while left := [(rank, process) for rank, process in enumerate(processes) if process.poll() is None]:
-        if time.monotonic() >= deadline:
-            for rank, process in left:
-                writes = any((folder / "checkpoints").glob(f".partial-step-*-{process.pid}"))
-                if _is_stopped(process.pid) or not (writes or has_told(folder, rank)):
-                    process.kill()
+        for rank, process in left if time.monotonic() >= deadline else []:
+            if _is_stopped(process.pid) or not checkpoint.is_held(folder / "checkpoints", process.pid):
+                process.kill()
+            elif rank not in said:
+                say(f"waiting for rank {rank}, which finishes a checkpoint; a second signal ends it")
+                said.add(rank)
         time.sleep(0.05)
 
 

@@ -59,13 +59,14 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()  # what is being written is finished, also where something else failed
-        if error is not None and self._writing is not None and self._writing.done.exception():
-            self._writing = None  # failed in the wake of `error`, which is the one to say
-        self.tell()
-        if self._sender:
-            self._sender.close(self._ledger.beat)
+        with checkpoint.held(self._session.folder / "checkpoints"):
+            self._thread.shutdown()  # what is being written is finished, also where something else failed
+            if error is not None and self._writing is not None and self._writing.done.exception():
+                self._writing = None  # failed in the wake of `error`, which is the one to say
             self.tell()
+            if self._sender:
+                self._sender.close(self._ledger.beat)
+                self.tell()
 
     def due(self) -> bool:
         """Whether it is time for another one. Rank 0 has the clock; the others learn of it with the next step."""

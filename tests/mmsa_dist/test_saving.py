@@ -1,6 +1,7 @@
 """Where a run ends while a checkpoint is on its way to the disk: nothing of it is lost, and the true error is told."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch
 
 from mmsa_dist import checkpoint, launch
 from mmsa_dist.config import CheckpointConfig
-from mmsa_dist.diagnosis import diagnose, has_told
+from mmsa_dist.diagnosis import diagnose
 from mmsa_dist.errors import TransientError
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.loop import Progress
@@ -36,7 +37,7 @@ def session(folder: Path, until: threading.Event, error: Exception | None = None
     state = State(7, {"w": torch.ones(3)}, {kind: {"w": torch.ones(3)} for kind in MOMENTS})
 
     def assembled(part: Any) -> State:
-        until.wait()
+        assert until.wait(60)
         if error:
             raise error
         return state
@@ -54,7 +55,7 @@ def failed(folder: Path, error: Exception | None = None) -> None:
     events = Events(folder, 0, Ledger().booked)
 
     def seen() -> None:
-        while not has_told(folder, 0):
+        while not ((folder / "failures").is_dir() and checkpoint.is_held(folder / "checkpoints", os.getpid())):
             time.sleep(0.01)
         until.set()
 
@@ -68,6 +69,7 @@ def test_a_failure_is_told_before_the_checkpoint_is_waited_for(run: Path) -> Non
     """And the checkpoint, which is whole, is said to be: what it holds is not booked as lost."""
     with pytest.raises(ValueError, match="the true one"):
         failed(run)
+    assert not list((run / "checkpoints").glob(".*")), "the launcher is told that there is nothing to wait for"
     assert checkpoint.saved(run / "checkpoints") == [run / "checkpoints" / "step-00000007"]
     (saved,) = (event for event in read_events(run) if event["event"] == "saved")
     assert saved["step"] == 7 and saved["kept"]["checkpoint"] >= 0
@@ -97,10 +99,10 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("sign", ["failures/1-rank-1.json", "checkpoints/.partial-step-00000007-PID"])
+@pytest.mark.parametrize("sign", [".partial-step-00000007-PID", ".partial-held-PID"])
 def test_the_launcher_lets_a_rank_finish(sign: str, run: Path) -> None:
-    """One that has told how it failed, or writes a checkpoint; it may itself wait for a silent one, which is ended."""
-    ranks = [("fail", ""), ("finish", sign), ("be silent", "other")]
+    """One that writes a checkpoint, or has something to finish of one; the silent one is ended meanwhile."""
+    ranks = [("fail", ""), ("finish", f"checkpoints/{sign}"), ("be silent", "other")]
     processes = [subprocess.Popen([sys.executable, "-c", RANK, str(run), *words]) for words in ranks]
     began = time.monotonic()
     assert launch._wait(processes, run) == "rank 0 ended with exit code 1"
