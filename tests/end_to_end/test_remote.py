@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmsa_dist.run_folder import read_events
+from mmsa_dist.run_folder import read_events, read_json
 from tests.data import packed
 from tests.end_to_end.started import Run, two_cpus
 from tests.shards.remote.servers import BUCKET, KEY, SECRET, Bucket, s3
@@ -89,3 +89,7 @@ def test_a_run_goes_on_from_its_mirror(words: list[str], undisturbed: dict[str, 
         finally:
             again.kill()
         assert f"comes from {address}/{name}" in again.output and "going on after step" in again.output
+        shutil.rmtree(tmp_path / "new" / name)
+        done = Run(tmp_path / "new", "--resume", f"{address}/{name}", "--runs-dir", str(tmp_path / "new"))
+        assert done.wait() == 2 and "the run is finished" in done.output
+        assert read_json(tmp_path / "new" / name / "result.json") == undisturbed
