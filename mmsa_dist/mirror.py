@@ -28,6 +28,9 @@ END = (
 )  # fmt: skip
 """Files that a finished run leaves, its result last: a run with a result is a finished one."""
 
+LARGEST_LEFT = 2**30
+"""Bytes of a file of `END` that is brought."""
+
 LARGEST = 16 * 2**20
 """Bytes of a manifest or of a description; more is something else."""
 
@@ -157,35 +160,22 @@ class Mirror:
         Raises:
             DataError: it is damaged. ConfigError, TransientError: it cannot be read.
         """
-        if (folder / "result.json").is_file() or not with_patience(self.address, self._is_finished):
+        if (folder / END[-1]).is_file() or self._read(END[-1]) is None:
             return
         self.restore(folder)
         saved = [path for path in checkpoint.saved(folder / "checkpoints") if checkpoint.damage(path) is None]
         if saved and (best := checkpoint.best_step(saved[-1])):
             checkpoint.keep_weights(checkpoint.step_folder(folder / "checkpoints", best), folder / "best")
         for name in END:
-            self._fetch(name, folder / name)
+            if (content := self._read(name)) is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
 
-    def _is_finished(self) -> bool:
-        return bool(self._fs.exists(f"{self.address}/{END[-1]}"))
-
-    def _fetch(self, name: str, target: Path) -> None:
-        """Brings a file that has no checksum, where it is there."""
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-
-        def attempt() -> bool:
-            try:
-                self._fs.get_file(f"{self.address}/{name}", str(partial))
-            except FileNotFoundError:
-                return False
-            return True
-
-        try:
-            if with_patience(f"{self.address}/{name}", attempt):
-                partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    def _read(self, name: str) -> bytes | None:
+        """A file of a finished run, None where it is not there."""
+        with suppress(DataError):
+            return read(f"{self.address}/{name}", LARGEST_LEFT)
+        return None
 
     def _bring(self, step: int, folder: Path) -> Path:
         target = checkpoint.step_folder(folder / "checkpoints", step)
