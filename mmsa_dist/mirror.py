@@ -7,6 +7,7 @@ is away costs a warning.
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -96,11 +97,12 @@ class Mirror:
 
     def keep(self, steps: set[int]) -> None:
         """Removes all other checkpoints, their manifests first; also what a kill left of one that was being sent."""
-        for step in self._found("") - steps:
+        folders = self._found("") if self.address.startswith("file://") else set[int]()  # a bucket has none
+        for step in (folders | self._found("/*")) - steps:
             place = f"checkpoints/step-{step:08d}"
             for name in (checkpoint.MANIFEST, *checkpoint.FILES):
                 self._remove(f"{place}/{name}")
-            if self.address.startswith("file://"):  # a bucket has no folders
+            if step in folders:
                 with suppress(OSError):
                     self._fs.rmdir(f"{self.address}/{place}")
 
@@ -109,7 +111,7 @@ class Mirror:
         return self._found(f"/{checkpoint.MANIFEST}")
 
     def _found(self, file: str) -> set[int]:
-        """Steps in whose folders there is `file`, a slash and a name; '' for all folders."""
+        """Steps in whose folders there is `file`, a slash and a name or ``*``; '' for all folders."""
 
         def found() -> list[str]:
             try:
@@ -117,8 +119,8 @@ class Mirror:
             except FileNotFoundError:
                 return []
 
-        names = (name.removesuffix(file).rpartition("/")[2] for name in with_patience(self.address, found))
-        return {int(step) for name in names if (step := name.removeprefix("step-")).isdigit()}
+        places = (re.search(r"/checkpoints/step-(\d+)(/[^/]+)?$", name) for name in with_patience(self.address, found))
+        return {int(place[1]) for place in places if place}
 
     def restore(self, folder: Path) -> int | None:
         """Brings the newest checkpoint into the run's `folder`, where it is newer than what is there and whole, and the

@@ -255,8 +255,17 @@ def test_a_bucket_of_google_is_a_mirror_too(tmp_path: Path, monkeypatch: pytest.
         mirror.describe(tmp_path)
         for step in (1, 2, 3, 3):
             mirror.put(write(tmp_path / "run", step, 1), step)
+        mirror._remove("checkpoints/step-00000002/manifest.json")  # as a kill leaves it that came while it was sent
         mirror.keep({1, 3})
         assert mirror.steps() == {1, 3} and mirror.restore(tmp_path / "new") == 3
+        for name, content in (("time.json", b"{}"), ("result.json", b"[]")):
+            (tmp_path / name).write_bytes(content)
+            mirror.bring_end(tmp_path / "new")
+            assert not (tmp_path / "new" / name).exists()
+        mirror.put_end(tmp_path)
+        mirror.bring_end(tmp_path / "new")
+        assert (tmp_path / "new" / "result.json").read_bytes() == b"[]"
+        assert checkpoint.damage(tmp_path / "new" / "best", None) is None
         mirror.bring_description(tmp_path / "new")
         assert (tmp_path / "new" / "recipe.yaml").read_text() == "system: self_mm\n"
         folders = {name.split("/")[3] for name in bucket.names() if "/checkpoints/" in name}
