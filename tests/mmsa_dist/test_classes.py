@@ -160,8 +160,8 @@ def saved(folder: Path, split: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-SLOW = {"lr": dict.fromkeys(("text", "audio", "vision", "rest"), 1e-4)}
-"""At higher rates PMR's first steps magnify the rounding of a sum (`test_laws`)."""
+SLOW = {"lr": dict.fromkeys(("text", "audio", "vision", "rest"), 3e-5)}
+"""At higher rates PMR's first steps magnify the rounding of a sum (`test_laws`): at 1e-4 12 steps make 1.4e-5 of it."""
 
 
 @pytest.mark.parametrize(("system", "optim"), [(CLASSIFIER, {}), ("pmr", SLOW)], ids=["linear", "pmr"])

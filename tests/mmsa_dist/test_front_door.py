@@ -34,8 +34,9 @@ def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(command: list
 
 
 def packing(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A packing into `folder` that has begun to write, and has long to go."""
-    command = [sys.executable, "-m", "mmsa_dist", "pack", "generated", "--like", "mosei", "--out", str(folder / "out")]
+    """A packing into `folder` that has begun to write, and has long to go with its first shard."""
+    words = ["pack", "generated", "--like", "mosei", "--shard-size", "1000", "--out", str(folder / "out")]
+    command = [sys.executable, "-m", "mmsa_dist", *words]
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
