@@ -25,7 +25,7 @@ from benchmarks.record import RESULTS, ROOT
 
 PAGES = {ROOT / "README.md": ("real", "memory", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
 """Page -> its marked parts."""
-FIGURES = ("clone", "startup", "data", "packing", "stall", "loop", "peer")
+FIGURES = ("clone", "startup", "data", "packing", "stall", "training", "peer")
 """Files of the figures' table in this order; others follow by name."""
 
 METRICS = {
