@@ -185,7 +185,7 @@ class MlflowTracker:
     def _run(self) -> None:
         client: MlflowClient | None = None
         sampler = Sampler()
-        next_sample = time.monotonic()
+        next_sample, sampled = time.monotonic() + self._interval, False  # to import MLflow would hold up the first step
         row: dict[str, Any] | None = None
         while True:
             try:
@@ -193,7 +193,8 @@ class MlflowTracker:
                 last = row is None
             except queue.Empty:
                 row, last = None, False
-            if last or time.monotonic() >= next_sample:
+            if last or time.monotonic() >= next_sample or (row is not None and not sampled):
+                sampled = True
                 if sample := sampler.row():
                     client = self._send(client, sample)
                 next_sample = time.monotonic() + self._interval
