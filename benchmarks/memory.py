@@ -24,8 +24,8 @@ from mmsa_dist.places import RANK_ENVIRONMENT
 WANTED = 0.05
 ENCODERS = {"110 M": (12, 768), "1 B": (18, 2048)}
 """Parameters -> layers and width."""
-ROOM = 0.8
-"""Of this machine's memory; the rest is for imports, activations and a system that is being divided."""
+ROOM = 0.6
+"""Of this machine's memory; as DeepSpeed begins it holds half as much again, and the rest is for imports."""
 SYSTEMS = ("tam_ulag", "self_mm", "pmr")
 
 
