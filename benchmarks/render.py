@@ -2,8 +2,8 @@
 
 A part begins with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``; what lies between is replaced. A result
 that does not exist is not shown. ``--check`` writes nothing and exits with 1 where a page is behind the results.
-README.md has ``real``, ``memory`` (the first table of each such result) and ``figures`` (rows with a bound, and
-headlines), benchmarks/README.md has ``all`` (every row).
+README.md has ``real``, ``memory`` (its first table) and ``figures`` (rows with a bound, and headlines),
+benchmarks/README.md has ``all`` (every row).
 
 ``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
 ``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
@@ -93,7 +93,7 @@ def sections(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
         "real": real(results["real"]) if "real" in results else "",
         "figures": headlines([figures[name] for name in names]),
-        "memory": "\n\n".join(first_table(figures[name]) for name in names if name.startswith("memory")),
+        "memory": first_table(figures["memory"]) if "memory" in figures else "",
         "all": "\n\n".join(whole(figures[name]) for name in names),
     }
 

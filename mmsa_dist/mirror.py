@@ -27,7 +27,8 @@ END = (
     "events/rank-0.jsonl", "events/driver.jsonl", "predictions/valid.npz", "predictions/test.npz", "time.json",
     "mlflow.json", "result.json",
 )  # fmt: skip
-"""Files that a finished run leaves, its result last: a run with a result is a finished one."""
+"""Files that a finished run leaves, its result last: a run with a result is a finished one. Its best weights are a
+checkpoint's."""
 
 LARGEST_LEFT = 2**30
 """Bytes of a file of `END` that is brought."""
@@ -69,17 +70,15 @@ class Mirror:
         Raises:
             ConfigError: access is denied. TransientError: the bucket does not answer.
         """
-        for name in DESCRIPTION:
-            if (folder / name).is_file():
-                self._send(folder / name, name)
+        self.put_files(folder, DESCRIPTION)
 
-    def put_end(self, folder: Path) -> None:
-        """Sends what the finished run in `folder` leaves, its best weights excepted, which are a checkpoint's.
+    def put_files(self, folder: Path, names: tuple[str, ...]) -> None:
+        """Sends those of the run's files that there are: of a finished run's `END`.
 
         Raises:
-            MmsaError: it could not be sent.
+            MmsaError: one could not be sent.
         """
-        for name in END:
+        for name in names:
             if (folder / name).is_file():
                 self._send(folder / name, name)
 

@@ -159,9 +159,10 @@ def begin(recipe: Recipe, index: AnyIndex, folder: Path | None, runs_dir: Path, 
     except BaseException:
         unbegun(folder, recipe, kept)
         raise
+    numbers = session.arithmetic(recipe, index)
     if kept is not None:  # the number of ranks may be another
-        run_folder.write_json(folder / "plan.json", session.arithmetic(recipe, index))
-    print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(session.arithmetic(recipe, index))}")
+        run_folder.write_json(folder / "plan.json", numbers)
+    print(f"run {folder}\n{session.inputs(recipe, index)}\n{session.sentence(numbers)}")
     for note in session.without_effect(recipe, index):
         print(f"note: {note}", flush=True)
     return folder
@@ -230,13 +231,18 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if recipe.tracking.enabled:
-            from mmsa_dist.tracking import end_run
-
-            end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
+        shown_as_ended(recipe, folder, error)
         if isinstance(error, KeyboardInterrupt | StoppedError | TransientError):
             print(f"go on with: mmsa-dist train --resume {folder}", file=sys.stderr)
         raise
+
+
+def shown_as_ended(recipe: Recipe, folder: Path, error: BaseException) -> None:
+    """In MLflow, where the run is recorded there: stopped by somebody, or failed."""
+    if recipe.tracking.enabled:
+        from mmsa_dist.tracking import end_run
+
+        end_run(folder, "KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
 
 
 def conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
@@ -254,13 +260,9 @@ def recorded_later(recipe: Recipe, folder: Path) -> Iterator[None]:
     except TransientError as error:
         raise TransientError(f"{error}; {later}") from error
     except BaseException as error:
-        if recipe.tracking.enabled:
-            from mmsa_dist.tracking import end_run
-
-            stopped = isinstance(error, KeyboardInterrupt)
-            end_run(folder, "KILLED" if stopped else "FAILED")
-            if stopped:
-                print(later, file=sys.stderr)
+        shown_as_ended(recipe, folder, error)
+        if recipe.tracking.enabled and isinstance(error, KeyboardInterrupt):
+            print(later, file=sys.stderr)
         raise
 
 
@@ -284,7 +286,7 @@ def _conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
 
         published = finish_run(folder, recipe)
         if recipe.checkpoint.mirror:  # it knows the model now
-            finish_mirror(recipe.checkpoint.mirror, folder)
+            finish_mirror(recipe.checkpoint.mirror, folder, "mlflow.json")
     if published and published.name:
         named = ", ".join(f"@{alias}" for alias in published.aliases)
         print(f"registered {published.uri}" + (f" as {named}" if named else ""))
@@ -296,12 +298,16 @@ def _conclude(recipe: Recipe, folder: Path, result: dict[str, Any]) -> None:
     )
 
 
-def finish_mirror(address: str, folder: Path) -> None:
-    """The mirror knows that the run is finished, so that nobody who goes on from there reads the test split again."""
-    from mmsa_dist.mirror import Mirror
+def finish_mirror(address: str, folder: Path, *names: str) -> None:
+    """The mirror knows that the run is finished, so that nobody who goes on from there reads the test split again.
+
+    Args:
+        names: files to send; all that a finished run leaves where none is named.
+    """
+    from mmsa_dist.mirror import END, Mirror
 
     try:
-        Mirror.of(address, folder).put_end(folder)
+        Mirror.of(address, folder).put_files(folder, names or END)
     except MmsaError as error:
         print(f"warning: the result is not in the mirror: {error}", file=sys.stderr)
 

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 
 from mmsa_dist import checkpoint
 from mmsa_dist.run_folder import read_events
+from tests.disk import disk_of
 from tests.end_to_end.conftest import EPOCHS
 from tests.end_to_end.started import Run, gone, spent, two_cpus
 
@@ -68,44 +67,29 @@ def test_a_killed_driver_leaves_nothing_and_resumes(
     assert done.wait() == 2 and "is finished" in done.output
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 30 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(disk)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @two_cpus
-def test_a_full_disk_ends_a_run_that_can_go_on(words: list[str], undisturbed: dict[str, Any], small_disk: Path) -> None:
+def test_a_full_disk_ends_a_run_that_can_go_on(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint that did not fit is gone, the one before is whole, and with room again nothing is lost."""
-    run = Run(small_disk, *words, "--workers", "2", "--launcher", "local")
-    filler = small_disk / "filler"
-    try:
-        run.until_epoch(3)
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while file.write(bytes(4096)):  # until there is no room
-                pass
-        assert run.wait() == 75, run.output
-    finally:
-        run.kill()
-    checkpoints = run.folder / "checkpoints"
-    assert not list(checkpoints.glob(".partial*"))
-    assert checkpoint.damage(checkpoint.saved(checkpoints)[-1]) is None
-    said = run.output.splitlines()[-1]
-    assert said.startswith("error: ") and str(run.folder) in said
-    assert "o space left on" in said and "Free space, then go on with --resume" in said
-    assert "Traceback" not in run.output
-    filler.unlink()
-    assert Run(small_disk, "--resume", str(run.folder)).result() == undisturbed
+    with disk_of(tmp_path / "disk", "30m") as disk:
+        run = Run(disk, *words, "--workers", "2", "--launcher", "local")
+        filler = disk / "filler"
+        try:
+            run.until_epoch(3)
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):  # until there is no room
+                    pass
+            assert run.wait() == 75, run.output
+        finally:
+            run.kill()
+        checkpoints = run.folder / "checkpoints"
+        assert not list(checkpoints.glob(".partial*"))
+        assert checkpoint.damage(checkpoint.saved(checkpoints)[-1]) is None
+        said = run.output.splitlines()[-1]
+        assert said.startswith("error: ") and str(run.folder) in said
+        assert "o space left on" in said and "Free space, then go on with --resume" in said
+        assert "Traceback" not in run.output
+        filler.unlink()
+        assert Run(disk, "--resume", str(run.folder)).result() == undisturbed
 
 
 @two_cpus

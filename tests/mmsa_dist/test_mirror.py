@@ -262,7 +262,7 @@ def test_a_bucket_of_google_is_a_mirror_too(tmp_path: Path, monkeypatch: pytest.
             (tmp_path / name).write_bytes(content)
             mirror.bring_end(tmp_path / "new")
             assert not (tmp_path / "new" / name).exists()
-        mirror.put_end(tmp_path)
+        mirror.put_files(tmp_path, END)
         mirror.bring_end(tmp_path / "new")
         assert (tmp_path / "new" / "result.json").read_bytes() == b"[]"
         assert checkpoint.damage(tmp_path / "new" / "best", None) is None

@@ -61,14 +61,19 @@ def test_a_run_that_is_too_short_says_so(ranks: Callable[..., Any], data: Path, 
     assert json.loads((tmp_path / "short" / "profile" / "rank-0.json").read_text())["traceEvents"]
 
 
-def test_a_large_trace_says_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "LARGE", 1)
-    (tmp_path / "events").mkdir()
-    events = Events(tmp_path, 0)
-    with profiling.profiled(tmp_path, 0, 1, events) as profile:
+def traced(folder: Path) -> None:
+    """One step is, by a rank alone."""
+    (folder / "events").mkdir()
+    events = Events(folder, 0)
+    with profiling.profiled(folder, 0, 1, events) as profile:
         for _ in range(WARM_UP + 2):
             profile.step()
     events.close()
+
+
+def test_a_large_trace_says_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "LARGE", 1)
+    traced(tmp_path)
     (said,) = warnings(tmp_path)
     assert "the trace takes" in said and "trace fewer steps (--profile N)" in said
     (event,) = (event for event in read_events(tmp_path) if event["event"] == "profile")
@@ -78,17 +83,12 @@ def test_a_large_trace_says_what_it_costs(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_trace_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "events").mkdir()
     (tmp_path / "profile").write_text("in the way")
-    events = Events(tmp_path, 0)
-    with profiling.profiled(tmp_path, 0, 1, events) as profile:
-        for _ in range(WARM_UP + 2):
-            profile.step()
-    events.close()
+    traced(tmp_path)
     (said,) = warnings(tmp_path)
     assert "rank-0.json: the trace cannot be written" in said
 
 
 def test_a_short_flag_and_resumable() -> None:
-    plain, traced = (load_recipe("self_mm", None, words) for words in ([], ["--profile", "4"]))
-    assert traced.train.profile == 4 and differences(plain, traced) == []
+    plain, profiled = (load_recipe("self_mm", None, words) for words in ([], ["--profile", "4"]))
+    assert profiled.train.profile == 4 and differences(plain, profiled) == []

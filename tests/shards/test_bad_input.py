@@ -20,6 +20,7 @@ from shards.errors import DataError, TransientError
 from shards.sources.generated import GeneratedSource
 from shards.sources.pickles import load
 from shards.write import pack
+from tests.disk import disk_of
 from tests.shards.pickles import content, written
 
 pytestmark = pytest.mark.fault
@@ -247,16 +248,8 @@ def test_a_damaged_pickle_never_ends_in_a_traceback(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root; the limit on a file's size is tested instead")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with disk_of(tmp_path / "disk", "3m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from shards.index import Index
+from tests.shards.made import packed, utterances
 from tests.shards.remote.servers import Bucket, GoogleBucket, google, s3
+
+COUNTS = {"train": 60, "valid": 12, "test": 5}
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +20,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "20")  # a busy machine is not a silent server
     monkeypatch.setenv("MMSA_REMOTE_BACKOFF", "0.02")
     return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """A data set in a folder, some shards large."""
+    return packed(tmp_path_factory.mktemp("packed") / "made", utterances(COUNTS, absent=0.2), shard_bytes=20_000)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,19 @@ class _Counting(logging.Handler):
             self._gets[unquote(found[1])] += 1
 
 
+@contextmanager
+def _counted(log: logging.Logger, pattern: str, gets: Counter[str]) -> Iterator[None]:
+    """Whatever a server writes into `log` meanwhile is counted, and not shown."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = _Counting(pattern, gets)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 class GoogleBucket:
     """A bucket on a Google Cloud Storage of our own; `gets` counts what was downloaded, by name."""
 
@@ -114,18 +127,14 @@ def google() -> Iterator[GoogleBucket]:
     from gcp_storage_emulator.server import create_server
 
     log = logging.getLogger("gcp_storage_emulator.server")
-    log.setLevel(logging.INFO)
-    log.propagate = False
     server = create_server("127.0.0.1", 0, in_memory=True)
     server._api.daemon = True
     server.start()
     bucket = GoogleBucket(f"http://127.0.0.1:{server._api._httpd.server_port}")
-    handler = _Counting(rf"/storage/v1/b/{BUCKET}/o/(\S+)\?alt=media", bucket.gets)
-    log.addHandler(handler)
     try:
-        yield bucket
+        with _counted(log, rf"/storage/v1/b/{BUCKET}/o/(\S+)\?alt=media", bucket.gets):
+            yield bucket
     finally:
-        log.removeHandler(handler)
         server.stop()
         threading.Thread.join(server._api)
 
@@ -137,17 +146,13 @@ def s3() -> Iterator[Bucket]:
 
     log = logging.getLogger("werkzeug")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    log.setLevel(logging.INFO)
-    log.propagate = False
     server.start()
     host, port = server.get_host_and_port()
     bucket = Bucket(f"http://{host}:{port}")
-    handler = _Counting(rf"/{BUCKET}/(\S+)", bucket.gets)
-    log.addHandler(handler)
     try:
-        yield bucket
+        with _counted(log, rf"/{BUCKET}/(\S+)", bucket.gets):
+            yield bucket
     finally:
-        log.removeHandler(handler)
         server.stop()
 
 

@@ -19,6 +19,7 @@ from shards.errors import ConfigError, DataError, TransientError
 from shards.remote import cache as cache_module
 from shards.remote.cache import DEFAULT_LIMIT, Cache, Wanted
 from shards.remote.file import RemoteFile
+from tests.disk import disk_of
 from tests.shards.made import overwrite
 from tests.shards.remote import servers
 from tests.shards.remote.servers import Web, well
@@ -236,13 +237,8 @@ def test_an_evicted_file_lives_as_long_as_it_is_open(server: Web, monkeypatch: p
 
 
 @pytest.mark.fault
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 def test_a_full_disk(server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("may not mount")
-    try:
+    with disk_of(tmp_path / "small", "640k") as small:
         monkeypatch.setenv("MMSA_CACHE", str(small))
         fetch_all(server.url, range(6))  # type: ignore[arg-type]  # the disk holds three
         assert 5 in held(server) and 1 <= len(held(server)) <= 3
@@ -257,8 +253,6 @@ def test_a_full_disk(server: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             fetch_all(server.url, [7])
         assert files() == []
         assert (small / "other").stat().st_size > 400_000, "what is not ours stays"
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 @pytest.mark.parametrize("given", ["x", "0", "-5", "5X", "1e9"])

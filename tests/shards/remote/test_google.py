@@ -21,13 +21,11 @@ from shards.errors import ConfigError, DataError, MmsaError, TransientError
 from shards.index import Index
 from shards.remote import google, store
 from shards.remote.store import download, read
-from tests.shards.made import packed, utterances
-from tests.shards.remote import servers
+from tests.shards.remote import servers, test_store
 from tests.shards.remote.epochs import assert_same, epoch
 from tests.shards.remote.servers import BUCKET, Answer, GoogleBucket, Handler, Web, status, well
 
 ROOT = Path(__file__).parents[3]
-COUNTS = {"train": 60, "valid": 12, "test": 5}
 DATA = bytes(range(256)) * 1200
 """Three hundred kilobytes: more than sockets hold."""
 OBJECT = "storage/v1/b/bucket/o/sets%2Fo.tar?alt=media"
@@ -45,11 +43,6 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     store._filesystem.cache_clear()
     yield
     store._filesystem.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return packed(tmp_path_factory.mktemp("packed") / "made", utterances(COUNTS, absent=0.2), shard_bytes=20_000)
 
 
 @pytest.fixture(scope="module")
@@ -185,47 +178,25 @@ def test_a_process_ends_in_silence(bucket: GoogleBucket, address: str) -> None:
 
 # --- faults
 
-PASSING: dict[str, tuple[Answer, int]] = {
-    "truncates": (servers.truncates, 2),
-    "cuts unannounced": (servers.cuts_unannounced, 2),
-    "resets": (servers.resets, 2),
-    "stalls": (servers.stalls, 1),
-    "flips a bit": (servers.flips_a_bit, 1),
-    "500": (status(500), 2),
-    "503": (status(503), 4),
-    "throttles": (status(429, Retry_After="0.1"), 2),
-    "408": (status(408), 1),
-}
-"""Fault -> the answer, and how often it comes before all is well."""
 
-
-@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("fault", test_store.PASSING)
 def test_a_fault_that_passes(server: Web, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
     if fault == "stalls":
         monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "1")
-    answer, times = PASSING[fault]
+    answer, times = test_store.PASSING[fault]
     server.script[OBJECT] = [*[answer] * times, well]
     assert fetched() == DATA
     assert server.gets[OBJECT] == times + 1
 
 
 LASTING: dict[str, tuple[Answer, int, type[MmsaError], str]] = {
-    "truncates": (servers.truncates, 5, TransientError, "the body ends early; 5 tries"),
-    "resets": (servers.resets, 5, TransientError, "5 tries"),
-    "stalls": (servers.stalls, 5, TransientError, "the server is silent; 5 tries"),
-    "sends more": (servers.sends_more, 2, DataError, "has more than the 307200 bytes"),
-    "flips a bit": (servers.flips_a_bit, 2, DataError, f"expected {hashlib.sha256(DATA).hexdigest()}"),
-    "500": (status(500), 5, TransientError, "answers HTTP 500; 5 tries"),
-    "503": (status(503), 5, TransientError, "answers HTTP 503; 5 tries"),
-    "429": (status(429), 5, TransientError, "answers HTTP 429; 5 tries"),
+    **test_store.LASTING,
     "404": (status(404), 1, DataError, "is not there; see to the address"),
-    "400": (status(400), 1, ConfigError, "refuses the request (HTTP 400)"),
     "302": (status(302, Location="/"), 1, ConfigError, "refuses the request (HTTP 302)"),
     "401": (status(401), 1, ConfigError, "is not public (HTTP 401), and there are no credentials for it (GOOGLE_APP"),
     "403": (status(403), 1, ConfigError, "is not public (HTTP 403), and there are no credentials for it (GOOGLE_APP"),
 }
-"""Fault -> the answer, how often it is asked for, and the end."""
 
 
 @pytest.mark.parametrize("fault", LASTING)

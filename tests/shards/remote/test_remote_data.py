@@ -28,16 +28,11 @@ from shards.remote.file import RemoteFile
 from shards.verify import check_shard
 from tests.shards.made import packed, utterances
 from tests.shards.remote import servers
+from tests.shards.remote.conftest import COUNTS
 from tests.shards.remote.epochs import assert_same, epoch
 from tests.shards.remote.servers import KEY, SECRET, Bucket, status
 
 ROOT = Path(__file__).parents[3]
-COUNTS = {"train": 60, "valid": 12, "test": 5}
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return packed(tmp_path_factory.mktemp("packed") / "made", utterances(COUNTS, absent=0.2), shard_bytes=20_000)
 
 
 @pytest.fixture(scope="module")
