@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from mmsa_dist import forerunners
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, absolute, differences, load_recipe, no_system, origin, read_recipe
 from shards.remote.url import is_url
@@ -66,9 +67,10 @@ def train(argv: list[str]) -> int:
         return 0
     if folder is None:
         print(origin(recipe.system, options.recipe, overrides))
-    from mmsa_dist import train as training
+    with forerunners.ahead(recipe, folder) as ahead:
+        from mmsa_dist import train as training
 
-    training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name)
+        training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name, ahead=ahead)
     return 0
 
 

@@ -49,7 +49,10 @@ class Step:
 
 
 def imported() -> Any:
-    """DeepSpeed, without MLflow, which its autotuner would import: as long to wait for as for all the rest of it."""
+    """DeepSpeed, without what it would import for nothing: each as long to wait for as all the rest of it.
+
+    That is MLflow, for its autotuner, and torch's compiler, for the Muon optimizer's functions.
+    """
     away = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
     if away:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -58,6 +61,13 @@ def imported() -> Any:
     finally:
         if away:
             del sys.modules["mlflow"]
+    from deepspeed.runtime import compiler
+
+    compiles, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # which no run of ours uses
+    finally:
+        compiler.compile = compiles
     return deepspeed
 
 

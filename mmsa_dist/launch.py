@@ -21,6 +21,7 @@ from typing import Any
 from mmsa_dist import checkpoint, places, run_folder, stopping
 from mmsa_dist.diagnosis import diagnose, first_line, written_down
 from mmsa_dist.errors import ConfigError, StoppedError, TransientError
+from mmsa_dist.forerunners import Forerunners, Place
 from mmsa_dist.recipe import Recipe, from_dict
 
 PAUSE = 15
@@ -28,17 +29,22 @@ PAUSE = 15
 start again at once."""
 
 
-def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def run(recipe: Recipe, folder: Path, ahead: Forerunners | None = None) -> dict[str, Any]:
     """Trains in `folder` with the launcher of the recipe, restarting ranks that died, and gives the result.
 
     Ranks that were asked to end and saved start again too, where it was not this process that was asked; that is no
     failure.
 
+    Args:
+        ahead: processes that the first local ranks come from.
+
     Raises:
         MmsaError: of a rank, as its sentence; TransientError after more than ``launch.max_failures`` deaths.
         StoppedError: this process got a signal.
     """
-    start = {"ray": run_ray, "local": run_local}[recipe.launch.launcher]
+    local = partial(run_local, ahead=ahead or Forerunners())
+    starts: dict[str, Callable[[Recipe, Path], str]] = {"ray": run_ray, "local": local}
+    start = starts[recipe.launch.launcher]
     failed, first = 0, True
     with stopping.Signals(folder) as signals:
         while True:
@@ -114,36 +120,20 @@ def make_ready(folder: Path) -> None:
         print(sentence, file=sys.stderr)
 
 
-def run_local(recipe: Recipe, folder: Path) -> str:
+def run_local(recipe: Recipe, folder: Path, ahead: Forerunners) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
     world = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder)).launch.workers
     rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
     processes: list[subprocess.Popen[bytes]] = []
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
+    # until all its ranks are gone nobody else may take the run up
+    lock = run_folder.lock_of(folder)
     try:
         for rank in range(world):
-            environment = {
-                **os.environ,
-                **places.RANK_ENVIRONMENT,
-                "OMP_NUM_THREADS": str(recipe.launch.cpus_per_worker),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MMSA_RENDEZVOUS": str(rendezvous),
-                "MMSA_LAUNCHER": str(os.getpid()),
-                "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-                "PYTHONUNBUFFERED": "1",
-            }
-            with (logs / f"rank-{rank}.log").open("ab") as log:
-                command = [sys.executable, "-m", "mmsa_dist.worker", str(folder)]
-                processes.append(
-                    # the run's lock is inherited: until all its ranks are gone nobody else may take the run up
-                    subprocess.Popen(
-                        command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, close_fds=False
-                    )
-                )
+            place = Place(str(folder), rank, world, str(rendezvous))
+            processes.append(ahead.start(place, recipe.launch.cpus_per_worker, logs / f"rank-{rank}.log", lock))
+        ahead.end()  # there may have been room for fewer
         return _wait(processes, folder)
     finally:
         for process in processes:

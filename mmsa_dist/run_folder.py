@@ -96,12 +96,25 @@ def locked(folder: Path, patience: float = 5.0) -> Iterator[None]:
                         "let it end, or end it, first"
                     ) from None
                 time.sleep(0.1)
-        os.set_inheritable(file.fileno(), True)  # ranks that outlive this process hold it too
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        _LOCKS[folder.resolve()] = file.fileno()
+        try:
+            yield
+        finally:
+            del _LOCKS[folder.resolve()]
+
+
+_LOCKS: dict[Path, int] = {}
+"""Folders of runs that this process holds -> the open lock."""
+
+
+def lock_of(folder: Path) -> list[int]:
+    """The descriptor of the lock that this process holds on the run, for ranks, which hold it as long as they live;
+    empty where it holds none."""
+    return [_LOCKS[folder.resolve()]] if folder.resolve() in _LOCKS else []
 
 
 def write_text(path: Path, text: str) -> None:

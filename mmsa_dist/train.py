@@ -16,6 +16,7 @@ from mmsa_dist.data_card import DataCard
 from mmsa_dist.diagnosis import diagnose
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, StoppedError, TrainingError, TransientError
 from mmsa_dist.follow import Follower
+from mmsa_dist.forerunners import Forerunners
 from mmsa_dist.ledger import account
 from mmsa_dist.recipe import Recipe, absolute, read_recipe
 from mmsa_dist.run_log import logged
@@ -25,11 +26,13 @@ from shards.quarantine import damaged
 from shards.suggest import counted
 
 
-def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | None, ahead: Forerunners | None = None
+) -> dict[str, Any]:
     """Trains, tests once, records and registers; prints what a person wants to know.
 
     Args:
-        folder: an interrupted run to go on with; None starts a new one in `runs_dir`.
+        folder: an interrupted run to go on with; None starts a new one in `runs_dir`. ahead: for the first local ranks.
 
     Returns:
         result.json's content.
@@ -42,7 +45,7 @@ def train(recipe: Recipe, *, folder: Path | None, runs_dir: Path, name: str | No
             result = run_folder.read_json(folder / "result.json")
         else:
             with ended(recipe, folder), Follower(folder, recipe.train.monitor):
-                result = launch.run(recipe, folder)
+                result = launch.run(recipe, folder, ahead)
         conclude(recipe, folder, result)
     return result
 

@@ -1,13 +1,15 @@
 """One rank: joins the process group, trains, and says in a file how it failed if it did.
 
-Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_dist.worker RUN`` is a rank of
-the local launcher, with RANK, WORLD_SIZE, MMSA_RENDEZVOUS (a file) and MMSA_LAUNCHER (a pid) in its environment.
+Under Ray Train `run_rank` is the training function; otherwise ``python -m mmsa_dist.worker`` is a rank of the local
+launcher, which tells it over its standard input which one (`forerunners`).
 """
 
 import datetime
 import errno
+import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mmsa_dist import run_folder
+from mmsa_dist import forerunners, run_folder
 from mmsa_dist.errors import MmsaError, StoppedError, TransientError
 from mmsa_dist.ledger import Ledger
 from mmsa_dist.stopping import Requests
@@ -158,26 +160,44 @@ def end_with(parent: int) -> None:
 
 def main() -> int:
     """A rank that the local launcher started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears it
+    launcher = os.getppid()
+    run_ahead()
+    place = forerunners.told()
+    if place is None:
+        return 0
     from mmsa_dist.recipe import read_recipe
 
-    folder = Path(sys.argv[1])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    requests = Requests(folder, rank)
+    folder = Path(place.folder)
+    requests = Requests(folder, place.rank)
     requests.listen(driven=True)
-    end_with(int(os.environ["MMSA_LAUNCHER"]))
+    end_with(launcher)
     recipe = read_recipe(folder / "recipe.yaml")
     try:
         import torch.distributed as dist
 
-        join_group(rank, world, recipe.launch.timeout)
-        run_rank(folder, recipe, rank, world, requests=requests)
+        join_group(place.rank, place.world, recipe.launch.timeout)
+        run_rank(folder, recipe, place.rank, place.world, requests=requests)
         dist.destroy_process_group()
     except StoppedError:
         return 0  # the driver reads it in the run's folder; a failure would end rank 0 while its mirror still takes it
     except MmsaError as error:
-        print(f"rank {rank}: {error}", file=sys.stderr)
+        print(f"rank {place.rank}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+NEEDED = ("torch.distributed", "mmsa_dist.loop", "mmsa_dist.session", "mmsa_dist.tracking", "torch._dynamo")
+"""Modules that every rank imports sooner or later; the last for Adam, when it is made."""
+
+
+def run_ahead() -> None:
+    """Imports what every rank needs, of whatever run it will be."""
+    for name in NEEDED:
+        importlib.import_module(name)
+    from mmsa_dist.engine import imported
+
+    imported()
 
 
 if __name__ == "__main__":

@@ -62,5 +62,6 @@ def test_a_rank_that_raises(words: list[str], unfailing: dict[str, Any], tmp_pat
         assert again.result() == unfailing
     finally:
         again.kill()
-    begun = [event["step"] for event in read_events(run.folder) if event["event"] == "saved"]
-    assert f"going on after step {begun[1]}" in again.output, again.output
+    failed = next(event["time"] for event in read_events(run.folder, None) if event["event"] == "attempt_end")
+    ended = [event for event in read_events(run.folder) if event["event"] == "epoch" and event["time"] < failed]
+    assert f"going on after step {ended[-1]['step']}" in again.output, again.output

@@ -14,6 +14,7 @@ import pytest
 from mmsa_dist import hangup, launch, places, stopping, torchrun, watch, worker
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, DataError, StoppedError, TransientError
+from mmsa_dist.forerunners import Place
 from mmsa_dist.recipe import from_dict
 from mmsa_dist.run_folder import read_events
 from mmsa_dist.tracking import Link
@@ -28,13 +29,15 @@ def test_a_rank_that_was_asked_to_end_is_no_failure_to_its_launcher(
         raise StoppedError("SIGTERM to the driver; saved after step 3")
 
     (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MMSA_LAUNCHER": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+    monkeypatch.setattr(worker.forerunners, "told", lambda: Place(str(tmp_path), 1, 2, ""))
     for module, name in ((worker, "join_group"), (worker, "end_with"), (worker.Requests, "listen")):
         monkeypatch.setattr(module, name, lambda *args, **more: None)
     monkeypatch.setattr(worker, "run_rank", asked)
-    assert worker.main() == 0
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert worker.main() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("disk", ["full", "silent"])
@@ -72,7 +75,7 @@ def test_a_signal_is_heard_where_no_rank_runs(waits: str, tmp_path: Path, monkey
     else:
         worker.record_failure(tmp_path, 0, TransientError("the server is silent"))
         monkeypatch.setattr(launch, "make_ready", lambda folder: None)
-        monkeypatch.setattr(launch, "run_local", lambda *args: "rank 0 ended with exit code 75")
+        monkeypatch.setattr(launch, "run_local", lambda *args, **more: "rank 0 ended with exit code 75")
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     with pytest.raises(StoppedError, match="SIGTERM; it goes on from its last checkpoint") as stopped:

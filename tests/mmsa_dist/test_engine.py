@@ -243,8 +243,22 @@ def test_schedules(ranks: Callable[..., Any]) -> None:
     ranks(schedules, 1)
 
 
-def test_deepspeed_does_not_bring_mlflow() -> None:
-    """It would be imported by every rank, before its first step; who wants it finds it afterwards."""
-    look = "import sys; from mmsa_dist.engine import imported; imported(); assert 'mlflow' not in sys.modules; "
-    look += "import mlflow; assert imported() is sys.modules['deepspeed'] and mlflow.__version__"
-    subprocess.run([sys.executable, "-c", look], check=True)
+ECONOMY = """
+import sys
+from mmsa_dist.engine import imported
+
+imported()
+import deepspeed.runtime.zero.muon.muon_optimizer  # which it imports to look at an optimizer
+from deepspeed.runtime import compiler
+
+assert not {"mlflow", "torch._inductor.compile_fx"} & set(sys.modules)
+import mlflow
+
+assert imported() is sys.modules["deepspeed"] and mlflow.__version__
+assert compiler.compile.__module__ == compiler.__name__
+"""
+
+
+def test_deepspeed_does_not_bring_what_nobody_needs() -> None:
+    """MLflow and torch's compiler would be imported by every rank, before its first step; who wants one finds it."""
+    subprocess.run([sys.executable, "-c", ECONOMY], check=True)
