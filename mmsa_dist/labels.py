@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmsa_dist import checkpoint
-from mmsa_dist.command_line import parsed
 from mmsa_dist.errors import ConfigError, DataError, MmsaError, TransientError
 from mmsa_dist.label_generators import get_label_generator
 from mmsa_dist.recipe import Recipe, read_recipe
+from shards.command_line import parsed
 from shards.mix import AnyIndex, open_reader
 from shards.options import option
 from shards.progress import console, remarks

@@ -11,11 +11,11 @@ import numpy as np
 import tyro
 from pydantic import Field
 
-from mmsa_dist.command_line import parsed
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.predictions import Writer, check_out
 from mmsa_dist.predictor import Predictor, check_width, chunks
+from shards.command_line import parsed
 from shards.progress import console, remarks, track
 from shards.remote.url import is_url
 from shards.utterance import SPLITS, UNIMODAL_TASK, Utterance

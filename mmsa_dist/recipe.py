@@ -18,7 +18,6 @@ import tyro
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from mmsa_dist.command_line import readable
 from mmsa_dist.config import (
     CheckpointConfig,
     DataConfig,
@@ -34,6 +33,7 @@ from mmsa_dist.config import (
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.registry import theirs
 from mmsa_dist.suggest import nearest
+from shards.command_line import readable
 from shards.remote.url import is_url
 
 PACKAGED = Path(__file__).parent / "recipes"

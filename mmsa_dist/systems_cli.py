@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
-from mmsa_dist.command_line import parsed
 from mmsa_dist.config import Strict
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import packaged, recipe_file, sourced
 from mmsa_dist.registry import theirs
+from shards.command_line import parsed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from shards.command_line import parsed
 from shards.errors import ConfigError, DataError
 from shards.files import is_utf8
 from shards.formats import FORMATS
@@ -41,9 +42,6 @@ examples:
 
 `mmsa-dist pack FORMAT --help` lists the options of a format."""
 
-_TYRO = (tyro.conf.FlagCreatePairsOff,)
-"""A flag has no --no- twin."""
-
 
 def pack(argv: list[str]) -> int:
     """Entry of `mmsa-dist pack`."""
@@ -54,7 +52,7 @@ def pack(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in FORMATS:
         raise ConfigError(f"pack: unknown format {argv[0]!r}{nearest(argv[0], FORMATS)}")
-    options = tyro.cli(FORMATS[argv[0]], args=argv[1:], prog=f"mmsa-dist pack {argv[0]}", config=_TYRO)
+    options = parsed(FORMATS[argv[0]], argv[1:], f"mmsa-dist pack {argv[0]}", twins=False)
     options.check()
     try:
         index, notes = write(
@@ -97,7 +95,7 @@ def inspect(argv: list[str]) -> int:
     from shards.inspect import Columns, summary
     from shards.shown import render
 
-    options = tyro.cli(Inspect, args=argv, prog="mmsa-dist inspect", config=_TYRO)
+    options = parsed(Inspect, argv, "mmsa-dist inspect", twins=False)
     if options.picture:
         picture.check(options.picture)
     index = Index.load(options.folder)
@@ -131,7 +129,7 @@ def unpack(argv: list[str]) -> int:
     from shards.unpack import passes
     from shards.unpack import unpack as write
 
-    options = tyro.cli(Unpack, args=argv, prog="mmsa-dist unpack", config=_TYRO)
+    options = parsed(Unpack, argv, "mmsa-dist unpack", twins=False)
     index = Index.load(options.folder)
     with meter(index.num_samples * passes(index), "unpacking") as tell:
         notes = write(
@@ -216,7 +214,7 @@ def index(argv: list[str]) -> int:
     from shards.foreign.build import Options, index_tars
     from shards.foreign.mapping import FEATURES, OTHERS
 
-    options = tyro.cli(IndexTars, args=argv, prog="mmsa-dist index", config=_TYRO)
+    options = parsed(IndexTars, argv, "mmsa-dist index", twins=False)
     low, high = options.label_range or (-1, 1)
     if not -math.inf < low < high < math.inf:
         raise ConfigError(f"--label-range {low:g} {high:g}: expected two numbers, the lower one first")
@@ -268,7 +266,7 @@ def verify(argv: list[str]) -> int:
     """Entry of `mmsa-dist verify`."""
     from shards.verify import check_shard
 
-    options = tyro.cli(Verify, args=argv, prog="mmsa-dist verify")
+    options = parsed(Verify, argv, "mmsa-dist verify")
     index = Index.load(options.folder)
     numbers = range(len(index.shards))
     wrong = [sentence for n in track(numbers, len(numbers), "verifying") for sentence in check_shard(index, n)]

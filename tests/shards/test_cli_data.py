@@ -89,11 +89,29 @@ def test_a_wrong_format_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
     assert "unknown format 'genrated'; did you mean 'generated'?" in capsys.readouterr().err
 
 
-def test_a_wrong_option_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["pack", "generated", "--sampels", "5", "--out", "x"])
-    assert caught.value.code == 2
-    assert "--samples" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "pack generated --sampels 5 --out x",
+            "unknown option --sampels; did you mean --samples? (mmsa-dist pack generated --help lists all)",
+        ),
+        ("pack generated --like", "--like: a value is missing; see mmsa-dist pack generated --help"),
+        (
+            "pack generated --like msoi --out x",
+            "--like msoi: there is none such; did you mean 'mosi'? (valid: iemocap, mosei, mosi, sims)",
+        ),
+        ("pack mmsa", "FILE.pkl, --out missing; see mmsa-dist pack mmsa --help"),
+        ("inspect x y", "one word too many: y (mmsa-dist inspect --help lists all)"),
+        ("verify", "FOLDER missing; see mmsa-dist verify --help"),
+        ("verify --all", "FOLDER: a value is missing; see mmsa-dist verify --help"),
+        ("unpack x", "--to missing; see mmsa-dist unpack --help"),
+        ("index a.tar --label-range 1", "--label-range '1': expected FLOAT FLOAT"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 FLAGS = {

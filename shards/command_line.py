@@ -7,23 +7,29 @@ from typing import Any, TypeVar
 
 import tyro
 
-from mmsa_dist.errors import ConfigError
-from mmsa_dist.suggest import nearest
+from shards.errors import ConfigError
+from shards.suggest import nearest
 
 Options = TypeVar("Options")
 
 
-def parsed(options: type[Options], argv: list[str], prog: str, description: str | None = None) -> Options:
+def parsed(
+    options: type[Options], argv: list[str], prog: str, description: str | None = None, *, twins: bool = True
+) -> Options:
     """The options of a command, of the words behind its name.
+
+    Args:
+        twins: each flag has one that begins with ``--no-``.
 
     Raises:
         ConfigError: they cannot be understood. SystemExit(0) after ``--help``.
     """
+    config = () if twins else (tyro.conf.FlagCreatePairsOff,)
     output = io.StringIO()
     asked_for_help = any(word in ("-h", "--help") for word in argv)
     try:
         with contextlib.nullcontext() if asked_for_help else contextlib.redirect_stderr(output):
-            return tyro.cli(options, args=argv, prog=prog, description=description)
+            return tyro.cli(options, args=argv, prog=prog, description=description, config=config)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -39,9 +45,16 @@ def _refused(options: type[Any], text: str, prog: str) -> str:
         near = re.search(r"Perhaps you meant: (--[\w-]+)", line)
         what = f"unknown option {unknown[1]}" if unknown[1].startswith("-") else f"one word too many: {unknown[1]}"
         return what + (f"; did you mean {near[1]}?" if near else "") + f" ({prog} --help lists all)"
-    if missing := re.search(r"Missing from .*?: (.*)", line):
-        named = re.findall(r"(--[\w-]+|\b[A-Z]{2,}\b)(?= [A-Za-z]).*?\(required\)", missing[1])
+    if "Missing from" in line:
+        listed = text.partition("For full helptext")[0]
+        named = re.findall(r"^[│ ] {5}(\S+)", listed, re.MULTILINE)  # their descriptions are indented further
         return f"{', '.join(named)} missing; see {prog} --help"
+    if valueless := re.search(r"Missing value for argument '(.*?)'", line):
+        name = valueless[1] if valueless[1].startswith("-") else valueless[1].upper()
+        return f"{name}: a value is missing; see {prog} --help"
+    if none := re.search(r"Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*?)\]", line):
+        wanted = [each for each in re.findall(r"{(.*?)}", none[2]) if each != "None"]
+        return f"{none[1]} {' '.join(none[3].split(', '))}: expected {' or '.join(wanted)}"
     return readable(text).replace(f"`{options.__name__}.", "`").removeprefix("Error parsing ")
 
 
