@@ -116,11 +116,7 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise ConfigError(f"--resume {folder}: there is no run (no recipe.yaml); give a folder under runs/")
-    if (folder / "result.json").is_file() and not unrecorded(folder):
-        raise ConfigError(
-            f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}. "
-            f"To train longer begin a new run: mmsa-dist train SYSTEM --data FOLDER --recipe {saved} --epochs N"
-        )
+    refuse_finished(folder)
     old = read_recipe(saved)
     if system not in (None, old.system):
         raise ConfigError(f"--resume {folder}: the run trains {old.system!r}, not {system!r}")
@@ -131,7 +127,27 @@ def _resumed(folder: Path, system: str | None, recipe_file: str | None, override
             f"--resume {folder}: the recipe differs where it would change results: {'; '.join(changed)}. "
             "Train it as a new run instead"
         )
-    return folder.resolve(), new
+    folder = folder.resolve()
+    if new.checkpoint.mirror and not (folder / "result.json").is_file():  # it may have been finished elsewhere
+        from mmsa_dist.mirror import Mirror
+
+        Mirror.of(new.checkpoint.mirror, folder).bring_end(folder)
+        refuse_finished(folder)
+    return folder, new
+
+
+def refuse_finished(folder: Path) -> None:
+    """A run that has its result, and is recorded, is not gone on with.
+
+    Raises:
+        ConfigError: this one is such.
+    """
+    if (folder / "result.json").is_file() and not unrecorded(folder):
+        raise ConfigError(
+            f"--resume {folder}: the run is finished; its result is in {folder / 'result.json'}. "
+            f"To train longer begin a new run: mmsa-dist train SYSTEM --data FOLDER --recipe {folder / 'recipe.yaml'} "
+            "--epochs N"
+        )
 
 
 def unrecorded(folder: Path) -> bool:

@@ -192,10 +192,12 @@ def described(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("here", [False, True])
 def test_a_finished_run_is_finished_in_its_mirror_too(
-    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: bool, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its folder is gone: nothing is evaluated again, and all that it left is there."""
+    """Its folder is gone, or is of a machine on which it was interrupted and which did not see its end: nothing is
+    evaluated again, and all that it left is there."""
     index, store = packed(tmp_path / "data"), f"s3://{BUCKET}/runs"
     untracked = {"tracking": {"enabled": False}, "checkpoint": {"mirror": store}}
     run, recipe = trained(tmp_path / "runs", index, "one", **untracked)
@@ -205,8 +207,12 @@ def test_a_finished_run_is_finished_in_its_mirror_too(
     train.conclude(recipe, run, run_folder.read_json(run / "result.json"))
     left = {name: (run / name).read_bytes() for name in END if (run / name).is_file()}
     assert {"events/rank-0.jsonl", "predictions/test.npz", "result.json"} <= left.keys()
+    recipe_file = (run / "recipe.yaml").read_bytes()
     shutil.rmtree(run)
-    assert main(["train", "--resume", ADDRESS, "--runs-dir", str(tmp_path / "runs")]) == 2
+    if here:
+        run.mkdir()
+        (run / "recipe.yaml").write_bytes(recipe_file)
+    assert main(["train", "--resume", str(run) if here else ADDRESS, "--runs-dir", str(tmp_path / "runs")]) == 2
     assert f"--resume {run}: the run is finished; its result is in {run / 'result.json'}" in capsys.readouterr().err
     assert {name: (run / name).read_bytes() for name in left} == left
     assert checkpoint.damage(run / "best", None) is None
