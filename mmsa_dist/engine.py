@@ -51,7 +51,7 @@ class Step:
 def imported() -> Any:
     """DeepSpeed, without what it would import for nothing: each as long to wait for as all the rest of it.
 
-    That is MLflow, for its autotuner, and torch's compiler, for the Muon optimizer's functions.
+    That is MLflow, for its autotuner, and the backend of torch's compiler, for the Muon optimizer's functions.
     """
     away = "deepspeed" not in sys.modules and "mlflow" not in sys.modules
     if away:

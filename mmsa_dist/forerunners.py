@@ -1,8 +1,8 @@
 """Processes of this machine that will be ranks: they import what ranks need while their driver checks and records.
 
-Half of the time to a run's first step is imports. A forerunner makes them beside the driver, then waits on a socket,
-which is its standard input, for its `Place`: with it come the file that it writes to and the run's lock, which it holds
-as long as it lives. A driver that ends first closes the socket, and its forerunners end.
+Half of the time to a run's first step is imports. A forerunner makes them beside the driver, says so on a socket, which
+is its standard input, and waits there for its `Place`: with it come the file that it writes to and the run's lock,
+which it holds as long as it lives. It ends with its driver at any time.
 """
 
 import json
@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -59,6 +59,7 @@ class Forerunner:
             **places.RANK_ENVIRONMENT,
             "OMP_NUM_THREADS": str(cpus),
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            "MMSA_LAUNCHER": str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
         output = subprocess.DEVNULL if log is None else log.fileno()
@@ -71,14 +72,18 @@ class Forerunner:
                 stderr=output,
             )
 
-    def become(self, place: Place, files: list[int]) -> bool:
-        """Tells it which rank it is, and hands it `files`; False where it has ended already."""
+    def become(self, place: Place, files: list[int], patience: float) -> bool:
+        """Tells it which rank it is once it has imported, and hands it `files`; False where it ended before that, or
+        was not heard of for `patience` seconds."""
         with self._socket:
+            self._socket.settimeout(patience)
             try:
+                if not self._socket.recv(1):
+                    return False
                 socket.send_fds(self._socket, [json.dumps(asdict(place)).encode()], files)
-            except (BrokenPipeError, ConnectionResetError):
+                return bool(self._socket.recv(1))  # some systems lose files that are closed before they are taken
+            except OSError:
                 return False
-        return True
 
     def end(self) -> None:
         self._socket.close()
@@ -96,18 +101,35 @@ class Forerunners:
         for _ in range(count):
             self._waiting.append(Forerunner(cpus))
 
-    def start(self, place: Place, cpus: int, log: Path, lock: list[int]) -> "subprocess.Popen[bytes]":
-        """The process that is a rank from now on: one that has run ahead, else a new one."""
-        with log.open("ab") as file:
-            files = [file.fileno(), *lock]
-            while self._waiting:
-                ahead = self._waiting.pop(0)
-                if ahead.process.poll() is None and ahead.become(place, files):
-                    return ahead.process
-                ahead.end()
-            new = Forerunner(cpus, file)
-            new.become(place, files)
-            return new.process
+    def start(
+        self, where: list[Place], cpus: int, logs: Path, lock: list[int], patience: float
+    ) -> list["subprocess.Popen[bytes]"]:
+        """The processes that are ranks from now on: those that have run ahead, and new ones; nobody waits any more.
+
+        Args:
+            logs: folder of the ranks' logs. patience: seconds that one may import.
+        """
+        ranks = [self._waiting.pop(0) for _ in where[: len(self._waiting)]]
+        self.end()  # there may be room for fewer than were sent
+        sent, files = len(ranks), list[BinaryIO]()
+        try:
+            for place in where:
+                files.append((logs / f"rank-{place.rank}.log").open("ab"))
+            for log in files[sent:]:
+                ranks.append(Forerunner(cpus, log))
+            for i, (place, log) in enumerate(zip(where, files, strict=True)):
+                if not ranks[i].become(place, [log.fileno(), *lock], patience) and i < sent:
+                    ranks[i].end()
+                    ranks[i] = Forerunner(cpus, log)  # which says in its log what ends it
+                    ranks[i].become(place, [log.fileno(), *lock], patience)
+            return [each.process for each in ranks]
+        except BaseException:
+            for each in ranks:
+                each.end()
+            raise
+        finally:
+            for log in files:
+                log.close()
 
     def end(self) -> None:
         while self._waiting:
@@ -124,18 +146,24 @@ def ahead(recipe: Recipe, folder: Path | None) -> Iterator[Forerunners]:
     launch, sent = recipe.launch, Forerunners()
     try:
         if launch.launcher == "local" and not (folder and (folder / "result.json").is_file()):
-            sent.send(min(launch.workers, places.own_cpus() // launch.cpus_per_worker), launch.cpus_per_worker)
+            with suppress(OSError):  # of a machine that has no room for them; ranks say it
+                sent.send(min(launch.workers, places.own_cpus() // launch.cpus_per_worker), launch.cpus_per_worker)
         yield sent
     finally:
         sent.end()
 
 
 def told() -> Place | None:
-    """Of a forerunner: waits for its place and takes it; None where the driver has ended."""
+    """Of a forerunner that has imported: says so, waits for its place and takes it; None where the driver has ended."""
     with socket.socket(fileno=os.dup(sys.stdin.fileno())) as driver:
-        message, files, _, _ = socket.recv_fds(driver, LARGEST, FILES)
-    if not message:
-        return None
+        try:
+            driver.sendall(b".")
+            message, files, _, _ = socket.recv_fds(driver, LARGEST, FILES)
+            if not message:
+                return None
+            driver.sendall(b".")
+        except (BrokenPipeError, ConnectionResetError):
+            return None
     log, *_ = files  # what else there is is the lock, held as long as it is open
     nothing = os.open(os.devnull, os.O_RDONLY)
     for file, stream in ((nothing, sys.stdin), (log, sys.stdout), (log, sys.stderr)):

@@ -124,16 +124,13 @@ def run_local(recipe: Recipe, folder: Path, ahead: Forerunners) -> str:
     """Ranks as processes of this machine; gives what was seen when the first of them ended badly, '' if none did."""
     world = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder)).launch.workers
     rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
+    where = [Place(str(folder), rank, world, str(rendezvous)) for rank in range(world)]
     processes: list[subprocess.Popen[bytes]] = []
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    # until all its ranks are gone nobody else may take the run up
-    lock = run_folder.lock_of(folder)
+    lock = run_folder.lock_of(folder)  # until all its ranks are gone nobody else may take the run up
     try:
-        for rank in range(world):
-            place = Place(str(folder), rank, world, str(rendezvous))
-            processes.append(ahead.start(place, recipe.launch.cpus_per_worker, logs / f"rank-{rank}.log", lock))
-        ahead.end()  # there may have been room for fewer
+        processes = ahead.start(where, recipe.launch.cpus_per_worker, logs, lock, recipe.launch.timeout)
         return _wait(processes, folder)
     finally:
         for process in processes:

@@ -100,11 +100,12 @@ def locked(folder: Path, patience: float = 5.0) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        _LOCKS[folder.resolve()] = file.fileno()
+        held = folder.resolve()
+        _LOCKS[held] = file.fileno()
         try:
             yield
         finally:
-            del _LOCKS[folder.resolve()]
+            _LOCKS.pop(held, None)
 
 
 _LOCKS: dict[Path, int] = {}

@@ -161,8 +161,13 @@ def end_with(parent: int) -> None:
 def main() -> int:
     """A rank that the local launcher started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears it
-    launcher = os.getppid()
-    run_ahead()
+    signal.pthread_sigmask(signal.SIG_BLOCK, LATER)  # of all threads that begin from now on
+    end_with(int(os.environ["MMSA_LAUNCHER"]))
+    failure: Exception | None = None
+    try:
+        run_ahead()
+    except Exception as error:  # is said once there is a run to say it of
+        failure = error
     place = forerunners.told()
     if place is None:
         return 0
@@ -171,7 +176,10 @@ def main() -> int:
     folder = Path(place.folder)
     requests = Requests(folder, place.rank)
     requests.listen(driven=True)
-    end_with(launcher)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+    if failure is not None:
+        with Told(folder, place.rank):
+            raise failure
     recipe = read_recipe(folder / "recipe.yaml")
     try:
         import torch.distributed as dist
@@ -186,6 +194,9 @@ def main() -> int:
         return error.exit_code
     return 0
 
+
+LATER = {signal.SIGTERM, signal.SIGHUP}
+"""What a rank hears once it knows its run: asked before, it ends with its first step."""
 
 NEEDED = ("torch.distributed", "mmsa_dist.loop", "mmsa_dist.session", "mmsa_dist.tracking", "torch._dynamo")
 """Modules that every rank imports sooner or later; the last for Adam, when it is made."""

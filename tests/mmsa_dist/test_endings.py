@@ -29,6 +29,7 @@ def test_a_rank_that_was_asked_to_end_is_no_failure_to_its_launcher(
         raise StoppedError("SIGTERM to the driver; saved after step 3")
 
     (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
+    monkeypatch.setenv("MMSA_LAUNCHER", "1")
     monkeypatch.setattr(worker.forerunners, "told", lambda: Place(str(tmp_path), 1, 2, ""))
     for module, name in ((worker, "join_group"), (worker, "end_with"), (worker.Requests, "listen")):
         monkeypatch.setattr(module, name, lambda *args, **more: None)

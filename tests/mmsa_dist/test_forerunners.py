@@ -1,18 +1,23 @@
 """Processes that import before there is a run: told which rank they are, and never left behind."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from mmsa_dist import places, run_folder
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.diagnosis import diagnose
+from mmsa_dist.errors import ConfigError, TransientError
 from mmsa_dist.forerunners import Forerunners, Place, ahead
 from mmsa_dist.recipe import Recipe, load_recipe
-from tests.end_to_end.started import gone, two_cpus
+from tests.end_to_end.started import PATIENCE, gone, two_cpus
 
 
 def recipe(launcher: str = "local", workers: int = 1) -> Recipe:
@@ -48,58 +53,138 @@ def test_no_more_are_sent_than_there_is_room_for(none_before: None) -> None:
         assert 1 <= len(children()) <= places.own_cpus()
 
 
+DRIVER = """
+import dataclasses, json, socket, sys, time
+from pathlib import Path
+from mmsa_dist import run_folder
+from mmsa_dist.forerunners import Forerunner, Forerunners, Place
+
+folder = Path(sys.argv[1])
+place = Place(str(folder), 0, 2, str(folder / "rendezvous"))
+with run_folder.locked(folder):
+    if sys.argv[2] == "untold":
+        sent = Forerunners()
+        sent.send(1, 1)
+        print(sent._waiting[0].process.pid, flush=True)
+    else:  # as the message lies there before it is read
+        rank = Forerunner(1)
+        message = json.dumps(dataclasses.asdict(place)).encode()
+        socket.send_fds(rank._socket, [message], [1, *run_folder.lock_of(folder)])
+        print(rank.process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
 @pytest.mark.fault
-def test_they_end_with_a_driver_that_is_killed() -> None:
-    drive = "import time; from mmsa_dist.forerunners import Forerunners; sent = Forerunners(); sent.send(1, 1); "
-    drive += "print(sent._waiting[0].process.pid, flush=True); time.sleep(600)"
-    driver = subprocess.Popen([sys.executable, "-c", drive], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("what", ["untold", "told"])
+def test_they_end_with_a_driver_that_is_killed(what: str, run: Path) -> None:
+    """At once, not when they have imported; and the run is free."""
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(run), what], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     pid = int(driver.stdout.readline())
     driver.kill()
     driver.wait()
-    assert gone(pid, 60)
+    assert gone(pid, PATIENCE)
+    with run_folder.locked(run, patience=0):
+        pass
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder, with what a rank reads first."""
+    (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
+    (tmp_path / "failures").mkdir()
+    return tmp_path
+
+
+@contextmanager
+def started(sent: Forerunners, run: Path, world: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """Rank 0 of so many; the others never come."""
+    where = [Place(str(run), 0, world, str(run / "rendezvous"))]
+    (rank,) = sent.start(where, 1, run, run_folder.lock_of(run), PATIENCE)
+    try:
+        yield rank
+    finally:
+        rank.kill()
+        rank.wait()
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("died", [False, True])
-def test_a_rank_says_in_its_log_what_is_wrong(died: bool, tmp_path: Path, none_before: None) -> None:
+def test_a_rank_says_in_its_log_what_is_wrong(died: bool, run: Path, none_before: None) -> None:
     """One that had run ahead, and the one in the place of one that was killed meanwhile."""
-    sent, log = Forerunners(), tmp_path / "rank-0.log"
+    sent = Forerunners()
     sent.send(2, 1)
     first, second = (each.process for each in sent._waiting)
     if died:
         for process in (first, second):
             process.kill()
-            process.wait()
-    (tmp_path / "recipe.yaml").write_text("no recipe")
-    rank = sent.start(Place(str(tmp_path), 0, 1, str(tmp_path / "rendezvous")), 1, log, [])
-    assert (rank is first) is not died
-    sent.end()
-    assert second.poll() is not None, "nobody needs it"
-    assert rank.wait(120) != 0
-    assert "recipe.yaml" in log.read_text()
+    (run / "recipe.yaml").write_text("no recipe")
+    with started(sent, run, 1) as rank:
+        assert (rank is first) is not died
+        assert second.poll() is not None, "nobody needs it"
+        assert rank.wait(PATIENCE) != 0
+    assert "recipe.yaml" in (run / "rank-0.log").read_text()
 
 
 @pytest.mark.fault
-def test_a_rank_holds_the_run_when_its_driver_is_gone(tmp_path: Path, none_before: None) -> None:
-    """The lock goes with the message: a run whose ranks live is nobody else's."""
-    (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
+@pytest.mark.parametrize("ahead_of", [0, 1])
+def test_an_import_that_fails_is_the_runs_failure(
+    ahead_of: int, run: Path, none_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that ran ahead, whose output nobody read then, and of one that did not."""
+    broken = run / "broken" / "deepspeed"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libnvrtc is not there')")
+    path = [str(broken.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    sent = Forerunners()
+    sent.send(ahead_of, 1)
+    with started(sent, run, 1) as rank:
+        assert rank.wait(PATIENCE) == 1
+    failure = diagnose(run, "rank 0 ended with exit code 1", printed="the log")
+    assert not isinstance(failure, TransientError) and "rank 0 failed: ImportError: libnvrtc is not there" in str(
+        failure
+    )
+    assert "libnvrtc is not there" in (run / "rank-0.log").read_text()
+
+
+@pytest.mark.fault
+def test_a_rank_that_is_asked_to_end_while_it_imports_lives(run: Path, none_before: None) -> None:
+    """It takes the request as one once it is a rank, and no failure is counted."""
     sent = Forerunners()
     sent.send(1, 1)
-    with run_folder.locked(tmp_path):
-        # its peer never comes: it waits
-        rank = sent.start(
-            Place(str(tmp_path), 0, 2, str(tmp_path / "rendezvous")), 1, tmp_path / "log", run_folder.lock_of(tmp_path)
-        )
-        held = psutil.Process(rank.pid)
-        while not any(file.path == str(tmp_path / ".lock") for file in held.open_files()):
+    (early,) = (each.process for each in sent._waiting)
+    while blocked(early.pid) != {signal.SIGTERM, signal.SIGHUP}:  # before it is Python it keeps all
+        assert early.poll() is None
+        time.sleep(0.01)
+    early.terminate()
+    with started(sent, run, 2) as rank:
+        assert rank is early
+        while signal.SIGTERM in blocked(rank.pid):
             assert rank.poll() is None
-    assert run_folder.lock_of(tmp_path) == []
-    try:
-        with pytest.raises(ConfigError, match="the run is being trained by"), run_folder.locked(tmp_path, patience=0.2):
-            pass
-    finally:
-        rank.send_signal(signal.SIGKILL)
-        rank.wait()
-    with run_folder.locked(tmp_path, patience=0.2):
+            time.sleep(0.01)
+        time.sleep(1)
+        assert rank.poll() is None, "its peer has not come yet"
+
+
+def blocked(pid: int) -> set[int]:
+    """Signals that a process keeps for later."""
+    mask = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigBlk:"))
+    return {number for number in range(1, 32) if int(mask.split()[1], 16) >> (number - 1) & 1}
+
+
+@pytest.mark.fault
+def test_a_rank_holds_the_run_when_its_driver_is_gone(run: Path, none_before: None) -> None:
+    """The lock goes with the message: a run whose ranks live is nobody else's."""
+    sent = Forerunners()
+    sent.send(1, 1)
+    with ExitStack() as held:
+        held.enter_context(run_folder.locked(run))
+        with started(sent, run, 2):  # its peer never comes: it waits
+            held.close()
+            assert run_folder.lock_of(run) == []
+            with pytest.raises(ConfigError, match="the run is being trained by"), run_folder.locked(run, patience=0.2):
+                pass
+    with run_folder.locked(run, patience=0.2):
         pass
