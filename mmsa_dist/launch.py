@@ -43,8 +43,7 @@ def run(recipe: Recipe, folder: Path, ahead: Forerunners | None = None) -> dict[
         StoppedError: this process got a signal.
     """
     local = partial(run_local, ahead=ahead or Forerunners())
-    starts: dict[str, Callable[[Recipe, Path], str]] = {"ray": run_ray, "local": local}
-    start = starts[recipe.launch.launcher]
+    start = run_ray if recipe.launch.launcher == "ray" else local
     failed, first = 0, True
     with stopping.Signals(folder) as signals:
         while True:

@@ -170,7 +170,8 @@ def main() -> int:
         failure = error
     place = forerunners.told()
     if place is None:
-        return 0
+        print("the driver has ended, or waits no longer for these imports (--launch.timeout)", file=sys.stderr)
+        return TransientError.exit_code
     from mmsa_dist.recipe import read_recipe
 
     folder = Path(place.folder)

@@ -77,8 +77,9 @@ with run_folder.locked(folder):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("what", ["untold", "told"])
-def test_they_end_with_a_driver_that_is_killed(what: str, run: Path) -> None:
-    """At once, not when they have imported; and the run is free."""
+def test_they_end_with_a_driver_that_is_killed(what: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though their imports take an hour; and the run is free."""
+    deepspeed_is("import time; time.sleep(3600)", run, monkeypatch)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(run), what], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     pid = int(driver.stdout.readline())
@@ -95,6 +96,15 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text("system: self_mm\n")
     (tmp_path / "failures").mkdir()
     return tmp_path
+
+
+def deepspeed_is(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes import under that name from now on."""
+    package = folder / "instead" / "deepspeed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(code)
+    path = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 
 
 @contextmanager
@@ -133,20 +143,26 @@ def test_an_import_that_fails_is_the_runs_failure(
     ahead_of: int, run: Path, none_before: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one that ran ahead, whose output nobody read then, and of one that did not."""
-    broken = run / "broken" / "deepspeed"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('libnvrtc is not there')")
-    path = [str(broken.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    deepspeed_is("raise ImportError('libnvrtc is not there')", run, monkeypatch)
     sent = Forerunners()
     sent.send(ahead_of, 1)
     with started(sent, run, 1) as rank:
         assert rank.wait(PATIENCE) == 1
     failure = diagnose(run, "rank 0 ended with exit code 1", printed="the log")
-    assert not isinstance(failure, TransientError) and "rank 0 failed: ImportError: libnvrtc is not there" in str(
-        failure
-    )
+    assert not isinstance(failure, TransientError), "it would be tried again"
+    assert "rank 0 failed: ImportError: libnvrtc is not there" in str(failure)
     assert "libnvrtc is not there" in (run / "rank-0.log").read_text()
+
+
+@pytest.mark.fault
+def test_a_rank_whose_imports_take_too_long_is_no_rank_that_ended_well(
+    run: Path, none_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deepspeed_is("import time; time.sleep(3)", run, monkeypatch)
+    where = [Place(str(run), 0, 1, str(run / "rendezvous"))]
+    (rank,) = Forerunners().start(where, 1, run, [], patience=0.5)
+    assert rank.wait(PATIENCE) == TransientError.exit_code
+    assert "waits no longer for these imports (--launch.timeout)" in (run / "rank-0.log").read_text()
 
 
 @pytest.mark.fault

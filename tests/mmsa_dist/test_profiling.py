@@ -49,7 +49,11 @@ def test_so_many_steps_of_each_rank_are_traced_and_nothing_else_changes(
         assert any("Backward" in name for name in names)
     said = profiling.shown(tmp_path / "5")
     assert said is not None and len(said.splitlines()) == 1 + profiling.SHOWN + 1
-    assert "aten::" in said and "ui.perfetto.dev" in said and str(tmp_path / "5" / "profile") in said
+    first = json.loads((tmp_path / "5" / "profile" / "rank-0.json").read_text())["traceEvents"]
+    known = {event["name"][:50].rstrip() for event in first} | {"(none: Python, waiting)"}
+    listed = {line[:50].rstrip() for line in said.splitlines()[1 : 1 + profiling.SHOWN]}
+    assert listed <= known and len(listed) == profiling.SHOWN, "which are the slowest is the machine's affair"
+    assert "ui.perfetto.dev" in said and str(tmp_path / "5" / "profile") in said
     assert warnings(tmp_path / "5") == []
 
 
