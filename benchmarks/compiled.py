@@ -13,11 +13,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from benchmarks.record import Row, record
 from benchmarks.render import measured, table, wanted
 from benchmarks.systems import Job, prepare, seconds
+from mmsa_dist.worker import take_cores
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="counted epochs of each (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="leave benchmarks/results alone")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    take_cores(1)
     raw: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="mmsa-") as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"  # nothing is compiled yet

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.record import Row, record
 from mmsa_dist.label_generators import SUGRM, ULAG, ULGM, LabelGenerator, make_generator
 from mmsa_dist.systems.base import Prediction
+from mmsa_dist.worker import take_cores
 from shards.batch import Batch
 
 WIDTHS = {"M": 128, "T": 32, "A": 16, "V": 32}
@@ -37,7 +38,7 @@ def main() -> None:
         "--repeats", type=int, default=50, help="steps of ours, after 5 to warm up; a fifth of the other"
     )
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    take_cores(1)
     rows: list[Row] = []
     raw: dict[str, dict[str, list[float]]] = {}
     for cls in GENERATORS:

@@ -20,6 +20,7 @@ from benchmarks import MINILM
 from benchmarks.real import SPLITS
 from benchmarks.record import Row, record
 from benchmarks.render import measured, table, wanted
+from mmsa_dist.worker import take_cores
 
 POOLS = (0, 1, 16)
 
@@ -35,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    take_cores(1)
     raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         mosi = real(options.real, Path(name)) if options.real else None

@@ -190,7 +190,6 @@ def prepare(folder: Path, file: Path, layers: int) -> None:
 
 def measure(folder: Path, epochs: int) -> dict[str, Any]:
     """Our loop in this process, one rank, stage 0: CPU seconds of the training part of each epoch but the first."""
-    import torch
     import torch.distributed as dist
 
     from mmsa_dist import run_folder
@@ -199,6 +198,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session, write_description
     from mmsa_dist.tracking import NullTracker
+    from mmsa_dist.worker import take_cores
     from shards.index import Index
 
     class CpuEvents(run_folder.Events):
@@ -222,7 +222,7 @@ def measure(folder: Path, epochs: int) -> dict[str, Any]:
             """The next epoch begins."""
             self.begun = cpu_seconds()
 
-    torch.set_num_threads(1)
+    take_cores(1)
     recipe = load_recipe("self_mm", None, overrides(folder, epochs))
     index = Index.load(folder / "shards")
     run = run_folder.create(folder / "runs", "peer", recipe.dump())

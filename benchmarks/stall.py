@@ -132,10 +132,10 @@ def rank_main(told: dict[str, Any]) -> None:
 
     from mmsa_dist.recipe import load_recipe
     from mmsa_dist.session import open_session
-    from mmsa_dist.worker import end_with, join_group, share_cores
+    from mmsa_dist.worker import end_with, join_group, take_cores
 
     end_with(told["launcher"])
-    share_cores(1)
+    take_cores(1)
     rank, world, run = told["rank"], told["world"], Path(told["run"])
     words = [*told["words"], "--tracking.no-enabled", "--epochs", str(told["epochs"])]
     recipe = load_recipe(told["system"], None, [*words, "--workers", str(world)])

@@ -104,9 +104,9 @@ def child(options: argparse.Namespace, name: str, data: Path, flags: list[str]) 
 
 def measure(name: str, flags: list[str], batches: int, epochs: int) -> dict[str, Any]:
     """All figures of one system, in this process."""
-    import torch
+    from mmsa_dist.worker import take_cores
 
-    torch.set_num_threads(1)
+    take_cores(1)
     job = Job(name, flags)
     before = status("RssAnon")
     job.build()

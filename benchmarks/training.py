@@ -188,10 +188,10 @@ def measure(told: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from benchmarks.steps import step_costs
-    from mmsa_dist.worker import share_cores
+    from mmsa_dist.worker import take_cores
 
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
-    share_cores(1)
+    take_cores(1)
     answer = {"both_loops": both_loops, "step_costs": step_costs}[told["kind"]](told)
     if dist.get_rank() == 0:
         Path(told["place"], "answer.json").write_text(json.dumps(answer))

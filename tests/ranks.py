@@ -255,10 +255,11 @@ def _environment(rank: int, world_size: int) -> dict[str, str]:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    from mmsa_dist.worker import take_cores
+
+    take_cores(1)
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     pipe.send_bytes(pickle.dumps(_Result(rank, None)))
