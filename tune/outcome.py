@@ -5,7 +5,7 @@ A trial that is stopped early may train a little on before its ranks end: only t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Outcome:
         status: `DONE`, `STOPPED` (by ASHA), `FAILED` or `INTERRUPTED`.
         best: its best validation result, at `best_epoch`; None where there is none.
         epochs: how many it ran.
+        metrics: all validation metrics of its best epoch. parameters: that it learns, where its recipe could be made.
         error: why it failed, in a sentence.
     """
 
@@ -38,6 +39,8 @@ class Outcome:
     best_epoch: int
     epochs: int
     error: str | None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    parameters: int | None = None
 
 
 def read_outcome(folder: Path, monitor: str) -> Outcome:
@@ -52,8 +55,19 @@ def read_outcome(folder: Path, monitor: str) -> Outcome:
         status, error = FAILED, run_folder.read_json(folder / ERROR)["message"]
     else:
         status = INTERRUPTED
-    best, best_epoch, epochs = best_so_far(folder, monitor, trial.get("stopped") if status == STOPPED else None)
-    return Outcome(folder, trial["number"], trial["values"], status, best, best_epoch, epochs, error)
+    reached = best_so_far(folder, monitor, trial.get("stopped") if status == STOPPED else None)
+    return Outcome(
+        folder=folder,
+        number=trial["number"],
+        values=trial["values"],
+        status=status,
+        best=reached.value,
+        best_epoch=reached.epoch,
+        epochs=reached.epochs,
+        error=error,
+        metrics=reached.metrics,
+        parameters=trial.get("parameters"),
+    )
 
 
 def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:
@@ -62,16 +76,31 @@ def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: outcome.number)
 
 
-def best_so_far(folder: Path, monitor: str, until: int | None = None) -> tuple[float | None, int, int]:
-    """A run's best validation result yet (until epoch `until`), its epoch, and the number of epochs it ran."""
-    best: float | None = None
-    best_epoch = epochs = 0
-    for event in run_folder.read_events(folder):
-        if event["event"] == "epoch" and (until is None or event["epoch"] <= until):
-            epochs = max(epochs, event["epoch"])
-            if is_better(monitor, event["valid"].get(monitor), best):
-                best, best_epoch = event["valid"][monitor], event["epoch"]
-    return best, best_epoch, epochs
+@dataclass(frozen=True)
+class Reached:
+    """The best validation result of a run yet, its epoch, all metrics of that epoch, and how many epochs it ran."""
+
+    value: float | None = None
+    epoch: int = 0
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    epochs: int = 0
+
+
+def best_so_far(folder: Path, monitor: str, until: int | None = None) -> Reached:
+    """How far a run has come (until epoch `until`)."""
+    best = Reached()
+    for epoch, valid in epochs_of(folder):
+        if until is None or epoch <= until:
+            best = replace(best, epochs=max(best.epochs, epoch))
+            if is_better(monitor, valid.get(monitor), best.value):
+                best = replace(best, value=valid[monitor], epoch=epoch, metrics=valid)
+    return best
+
+
+def epochs_of(folder: Path) -> list[tuple[int, dict[str, float | None]]]:
+    """Each epoch that a run has evaluated, with its validation metrics; one that it ran twice is there once."""
+    ended = {e["epoch"]: e["valid"] for e in run_folder.read_events(folder) if e["event"] == "epoch"}
+    return sorted(ended.items())
 
 
 def winner(outcomes: Iterable[Outcome], monitor: str) -> Outcome | None:

@@ -35,21 +35,28 @@ def record_trial(outcome: Outcome, monitor: str) -> None:
     tracking.end_run(outcome.folder, STATUS[outcome.status])
 
 
-def record_sweep(folder: Path, best: Outcome, monitor: str, result: dict[str, Any], files: list[Path]) -> None:
-    """Closes the sweep's run: what the best trial reached, which one it was, and the files of the sweep."""
+FILES = ("best.yaml", "trials.csv", "space.yaml", "sweep.json", "result.json")
+
+
+def record_sweep(folder: Path, monitor: str, result: dict[str, Any]) -> None:
+    """Closes the sweep's run: what the best trial reached, which one it was, the sweep's files and pictures."""
 
     def write(client: "MlflowClient", run_id: str) -> None:
-        numbers = {f"best_valid_{monitor}": best.best, "best_trial": best.number}
+        numbers = {f"best_valid_{monitor}": result["valid"].get(monitor), "best_trial": result["trial"]}
         numbers |= {f"test_{name}": value for name, value in result.get("test", {}).items()}
+        for split, over in result.get("seeds", {}).items():
+            numbers |= {f"{split}_{name}_{kind}": each[kind] for name, each in over.items() for kind in each}
         for name, value in numbers.items():
             if value is not None:
                 client.log_metric(run_id, name, float(value))
-        winner = Link.load(best.folder)
-        client.set_tag(run_id, "sweep.best_run", winner.run_id if winner else best.folder.name)
-        for key, value in best.values.items():
+        winner = Link.load(folder / result["registered"])
+        client.set_tag(run_id, "sweep.best_run", winner.run_id if winner else result["registered"])
+        for key, value in result["values"].items():
             client.set_tag(run_id, f"best.{key}", str(value))
-        for file in files:
-            client.log_artifact(run_id, str(file))
+        for name in FILES:
+            client.log_artifact(run_id, str(folder / name))
+        for picture in sorted((folder / "pictures").glob("*")):
+            client.log_artifact(run_id, str(picture), "pictures")
 
     _write(folder, write)
     tracking.end_run(folder, "FINISHED")

@@ -33,7 +33,7 @@ class Reserved:
         now = time.monotonic()
         for folder in [folder for folder, since in self._ended.items() if now - since >= PATIENCE]:
             del self._ended[folder]
-            _free(folder / launch.RESERVATION)
+            free(folder)
 
     def release_all(self) -> None:
         """Frees all of it, waiting until it is due."""
@@ -42,7 +42,9 @@ class Reserved:
             self.release()
 
 
-def _free(note: Path) -> None:
+def free(folder: Path) -> None:
+    """What the trial in `folder` holds, now."""
+    note = folder / launch.RESERVATION
     if not note.is_file():
         return  # it held nothing, or somebody freed it
     group = PlacementGroup(ray.PlacementGroupID.from_hex(note.read_text(encoding="utf-8").strip()))

@@ -62,6 +62,23 @@ class Knob:
         """Its name among a trial's parameters."""
         return ", ".join(self.keys)
 
+    @property
+    def short(self) -> str:
+        """``optim.lr.audio, optim.lr.rest`` -> ``lr.audio+rest``: what tells it apart from the others."""
+        first, *others = (key.split(".", 1)[1] for key in self.keys)
+        return "+".join([first, *(key.rsplit(".", 1)[-1] for key in others)])
+
+    def text(self, values: Mapping[str, Value]) -> str:
+        """What a trial has of it, in words."""
+        own = [values.get(key) for key in self.keys]
+        shown = own[:1] if all(_same(each, own[0]) for each in own) else own
+        return " / ".join(f"{each:.3g}" if isinstance(each, float) else str(each) for each in shown)
+
+    @property
+    def ranges(self) -> bool:
+        """Whether it is drawn from a range of numbers."""
+        return self.kind in ("uniform", "loguniform", "randint")
+
     def holds(self, value: Value) -> bool:
         """Whether `value` lies inside."""
         if self.kind in ("choice", "value"):
@@ -166,11 +183,14 @@ class Space:
 
     def point(self, recipe: Recipe) -> dict[str, Value] | None:
         """The recipe's own values as Optuna would have drawn them; None where one lies outside or tied ones differ."""
-        values = flatten(recipe)
+        return self.encoded(flatten(recipe))
+
+    def encoded(self, values: Mapping[str, Value]) -> dict[str, Value] | None:
+        """Values by dotted key as Optuna would have drawn them; None where one lies outside or tied ones differ."""
         own: dict[str, Value] = {}
         for knob in self.knobs:
-            value = values[knob.keys[0]]
-            if not knob.holds(value) or any(not _same(values[key], value) for key in knob.keys):
+            value = values.get(knob.keys[0])
+            if not knob.holds(value) or any(not _same(values.get(key), value) for key in knob.keys):
                 return None
             own[knob.name] = knob.encoded(value)
         return own

@@ -1,66 +1,90 @@
 """The trials of a sweep as a table: on the terminal for people, as ``trials.csv`` for programs."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from mmsa_dist.metrics import higher_is_better
 from mmsa_dist.report import LABELS, value_text
+from tune import objectives
 from tune.outcome import Outcome
 from tune.space import Space
 
 WIDE = 6
 """More searched values than this share one column."""
 
-SHOWN = 20
+SHOWN = 10
 """Rows on the terminal; ``trials.csv`` has all."""
 
+BAR = 20
+"""Characters of the longest bar."""
 
-def trials_table(outcomes: Sequence[Outcome], space: Space, monitor: str, best: Outcome | None) -> Table:
-    """A trial a row, the best first, failed ones last; the best is marked."""
-    knobs = [(knob.keys[0], _short(knob.name)) for knob in space.knobs]
+
+def trials_table(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str], best: Outcome | None) -> Table:
+    """The best trials, one a row, failed ones last; the best is marked with a star, and of several objectives the
+    Pareto front with a ring.
+
+    Args:
+        wanted: the objectives; the first decides which are the best.
+    """
+    knobs = space.knobs
     wide = len(knobs) > WIDE
+    front = objectives.front(outcomes, wanted) if len(wanted) > 1 else []
     table = Table("trial", title="trials", title_justify="left")
-    for _, name in [("", "values")] if wide else knobs:
+    for name in ["values"] if wide else [knob.short for knob in knobs]:
         table.add_column(name, overflow="fold", min_width=34 if wide else None)
-    for name in (f"valid {LABELS.get(monitor, monitor)}", "best at", "epochs"):
+    for name in (*(_head(name) for name in wanted), "best at", "epochs"):
         table.add_column(name, justify="right")
     table.add_column("status", overflow="fold")
-    ranked = sorted(outcomes, key=lambda each: _rank(each, monitor))
+    ranked = sorted(outcomes, key=lambda each: _rank(each, wanted[0]))
     for each in ranked[:SHOWN]:
-        shown = [_text(each.values.get(key)) for key, _ in knobs]
-        named = " · ".join(f"{name} {value}" for (_, name), value in zip(knobs, shown, strict=True))
+        shown = [knob.text(each.values) for knob in knobs]
+        named = " · ".join(f"{knob.short} {value}" for knob, value in zip(knobs, shown, strict=True))
         table.add_row(
-            f"{each.number}{' *' if each == best else ''}",
+            f"{each.number}{' *' if each == best else ''}{' o' if each in front else ''}",
             *([named] if wide else shown),
-            value_text(monitor, each.best),
+            *(_reached(each, name) for name in wanted),
             str(each.best_epoch or "-"),
             str(each.epochs),
             each.status if each.error is None else f"{each.status}: {each.error}",
             style="bold" if each == best else "",
         )
+    captions = ["o: none betters it in all objectives"] if front else []
     if len(ranked) > SHOWN:
-        table.caption = f"and {len(ranked) - SHOWN} more in trials.csv"
+        captions.append(f"and {len(ranked) - SHOWN} more in trials.csv")
+    table.caption = "; ".join(captions) or None
     return table
 
 
-def write_csv(outcomes: Sequence[Outcome], space: Space, monitor: str, path: Path) -> None:
+def importance_table(found: Mapping[str, float], monitor: str) -> Table:
+    """How much each searched value mattered, the greatest first."""
+    table = Table("value", title=f"what mattered for {LABELS.get(monitor, monitor)}", title_justify="left")
+    table.add_column("importance", justify="right")
+    table.add_column("", min_width=BAR)
+    most = max(found.values()) or 1.0
+    for name, share in found.items():
+        table.add_row(name, f"{100 * share:.0f} %", "█" * round(BAR * share / most))
+    return table
+
+
+def write_csv(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str], path: Path) -> None:
     """Every trial with the full names and values, in the order they were drawn."""
-    keys = space.keys
+    reached = [name if name == objectives.PARAMETERS else f"valid_{name}" for name in wanted]
+    front = objectives.front(outcomes, wanted)
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["trial", *keys, f"valid_{monitor}", "best_epoch", "epochs", "status", "error", "folder"])
+        out.writerow(["trial", *space.keys, *reached, "front", "best_epoch", "epochs", "status", "error", "folder"])
         for each in outcomes:
-            values = [each.values.get(key) for key in keys]
-            best = "" if each.best is None else each.best
+            values = [each.values.get(key) for key in space.keys]
+            found = [_value(each, name) for name in wanted]
             out.writerow(
                 [
                     each.number,
                     *values,
-                    best,
+                    *("" if value is None else value for value in found),
+                    int(each in front),
                     each.best_epoch,
                     each.epochs,
                     each.status,
@@ -70,17 +94,21 @@ def write_csv(outcomes: Sequence[Outcome], space: Space, monitor: str, path: Pat
             )
 
 
+def _head(objective: str) -> str:
+    return objective if objective == objectives.PARAMETERS else f"valid {LABELS.get(objective, objective)}"
+
+
+def _value(outcome: Outcome, objective: str) -> float | None:
+    return outcome.parameters if objective == objectives.PARAMETERS else outcome.metrics.get(objective)
+
+
+def _reached(outcome: Outcome, objective: str) -> str:
+    if objective == objectives.PARAMETERS:
+        return "-" if outcome.parameters is None else f"{outcome.parameters:,}"
+    return value_text(objective, outcome.metrics.get(objective))
+
+
 def _rank(outcome: Outcome, monitor: str) -> tuple[int, float, int]:
     if outcome.best is None:
         return (1, 0.0, outcome.number)
     return (0, -outcome.best if higher_is_better(monitor) else outcome.best, outcome.number)
-
-
-def _short(name: str) -> str:
-    """``optim.lr.audio, optim.lr.rest`` -> ``lr.audio+rest``: what tells the columns apart."""
-    first, *others = (key.split(".", 1)[1] for key in name.split(", "))
-    return "+".join([first, *(key.rsplit(".", 1)[-1] for key in others)])
-
-
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ray import tune
 from ray.train import Checkpoint
+from ray.tune import get_context
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mmsa_dist import diagnosis, launch, run_folder
 from mmsa_dist.errors import ConfigError, MmsaError, TransientError
 from mmsa_dist.metrics import higher_is_better, is_better
 from mmsa_dist.recipe import Recipe, read_recipe
+from tune import reserved
 from tune.outcome import ERROR, RESULT, TRIAL, best_so_far
 
 OBJECTIVE = "objective"
@@ -20,21 +21,21 @@ EPOCH = "epoch"
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Trains in the folder that the sweep prepared; what failed is written to ``error.json`` and raised.
+    """Trains in the folder that the sweep prepared, from its newest checkpoint on; what failed is in ``error.json``.
+
+    Raises nothing of its own: where this process dies, and only there, Ray Tune calls it again.
 
     Args:
-        config: ``folder``, with its ``recipe.yaml``; or ``error`` where the drawn values make no recipe.
+        config: ``folder``, with its ``recipe.yaml``; and ``error`` where the drawn values make no recipe.
     """
+    folder = Path(config["folder"])
     try:
         if "error" in config:
             raise ConfigError(config["error"])
-        folder = Path(config["folder"])
+        reserved.free(folder)  # what an earlier process of this trial held
         _train(read_recipe(folder / "recipe.yaml"), folder)
     except MmsaError as error:
-        run_folder.write_json(
-            Path(config["folder"]) / ERROR, {"message": str(error), "exit_code": error.exit_code, "trial": True}
-        )
-        raise
+        run_folder.write_json(folder / ERROR, {"message": str(error), "exit_code": error.exit_code, "trial": True})
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
@@ -51,9 +52,9 @@ def _train(recipe: Recipe, folder: Path) -> None:
 
 def _attempt(recipe: Recipe, folder: Path, attempt: int) -> str:
     """Runs the ranks once; gives what was seen where they ended badly, '' where they did not."""
-    callback = ReportBest(recipe.train.monitor, best_so_far(folder, recipe.train.monitor)[0])
+    callback = ReportBest(recipe.train.monitor, best_so_far(folder, recipe.train.monitor).value)
     # a name of its own: Ray resumes a run whose name it has seen
-    name = f"{tune.get_context().get_trial_id()}-{attempt}"
+    name = f"{get_context().get_trial_id()}-{attempt}"
     try:
         launch.ray_trainer(recipe, folder, name=name, callbacks=[callback], report=True).fit()
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down

@@ -31,7 +31,7 @@ def tiny(path: Path, /, **changes: dict[str, Any]) -> Recipe:
         "system": "ufen_mtfn",
         "data": {"path": str(path)},
         "optim": {"lr": {"text": 5e-5, "audio": 5e-3, "vision": 5e-3, "rest": 5e-3}},
-        "train": {"epochs": 2},
+        "train": {"epochs": 2, "monitor": "mae"},
         "tracking": {"enabled": False},
     }
     for key, value in changes.items():

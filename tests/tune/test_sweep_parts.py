@@ -2,25 +2,33 @@
 
 import csv
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from mmsa_dist import launch, run_folder, train
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError
 from shards.index import Index
 from tests.tune.sweeps import searched, tiny
+from tune.asked import SEARCHES, Asked
+from tune.draw import Drawing, grid, levels
 from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, read_outcome, read_outcomes, winner
-from tune.search import Asha, Drawing, concurrency
+from tune.search import concurrency
+from tune.stopping import Asha, Median, Past, make_scheduler, replay
 from tune.sweep import _for_trials
 from tune.table import trials_table, write_csv
-from tune.trial import EPOCH, OBJECTIVE
+from tune.trial import EPOCH, OBJECTIVE, run_trial
 from tune.watch import spare_disk
+
+GROUPS = ("text", "audio", "vision", "rest")
 
 # --- the test split is sacred -----------------------------------------------------------------------------------------
 
@@ -73,47 +81,176 @@ def test_not_even_one_trial_fits_is_said_at_once() -> None:
 # --- drawing and pruning ----------------------------------------------------------------------------------------------
 
 
+def asked(**changes: Any) -> Asked:
+    usual = Asked(
+        trials=6,
+        search="tpe",
+        stopping="asha",
+        grace=1,
+        max_concurrent=None,
+        objectives=("mae",),
+        seeds=1,
+        keys=(),
+    )
+    return replace(usual, **changes)
+
+
 def test_the_first_trial_has_the_recipes_own_values_and_every_trial_a_folder(data: Path, tmp_path: Path) -> None:
     recipe = tiny(data, model={"layers": 1})
-    drawing = Drawing(searched(tmp_path), recipe, tmp_path / "trials", "min")
+    drawing = Drawing(searched(tmp_path), recipe, tmp_path / "trials", asked())
     configs = [drawing.suggest(f"id{number}") for number in range(6)]
+    assert drawing.suggest("one too many") == Searcher.FINISHED
     outcomes = read_outcomes(tmp_path / "trials", "mae")
     assert [outcome.number for outcome in outcomes] == [1, 2, 3, 4, 5, 6]
-    assert [str(outcome.folder) for outcome in outcomes] == [config["folder"] for config in configs]
+    assert [str(outcome.folder) for outcome in outcomes] == [config["folder"] for config in configs]  # type: ignore[index]
     assert outcomes[0].values["model.layers"] == 1 and outcomes[0].values["optim.lr.rest"] == 5e-3
     assert outcomes[0].values["optim.accumulation"] == 1
     assert all(outcome.status == INTERRUPTED for outcome in outcomes), "none of them ran"
-    again = Drawing(searched(tmp_path), recipe, tmp_path / "again", "min")
+    again = Drawing(searched(tmp_path), recipe, tmp_path / "again", asked())
     for number in range(6):
         again.suggest(f"id{number}")
     assert [o.values for o in read_outcomes(tmp_path / "again", "mae")] == [o.values for o in outcomes], "seeded"
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+def test_however_trials_are_drawn_the_own_values_come_first(search: str, data: Path, tmp_path: Path) -> None:
+    drawing = Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked(search=search, trials=3))
+    for number in range(3):
+        drawing.suggest(f"id{number}")
+    assert drawing.suggest("more") == Searcher.FINISHED
+    first, *others = read_outcomes(tmp_path / "trials", "mae")
+    assert first.values["model.layers"] == 2 and first.values["optim.accumulation"] == 1
+    assert len(others) == 2
+
+
+def test_a_grid_tries_every_combination_once(data: Path, tmp_path: Path) -> None:
+    space = searched(tmp_path)
+    drawing = Drawing(space, tiny(data), tmp_path / "trials", asked(search="grid", trials=100))
+    assert drawing.total == drawing.left == 8
+    while (config := drawing.suggest(f"id{drawing.drawn}")) != Searcher.FINISHED:
+        assert "folder" in config  # type: ignore[operator]
+    seen = [tuple(outcome.values.values()) for outcome in read_outcomes(tmp_path / "trials", "mae")]
+    assert len(seen) == len(set(seen)) == 8
+
+
+def test_a_grid_of_ranges_has_their_ends_and_middles(tmp_path: Path) -> None:
+    text = """
+a:
+  model.dropout: {uniform: [0.0, 0.5], source: s}
+  optim.lr.rest: {loguniform: [1.0e-4, 1.0e-2], source: s}
+  model.layers: {randint: [1, 4], source: s}
+"""
+    columns = [levels(knob) for knob in searched(tmp_path, text).knobs]
+    assert columns[0] == [0.0, 0.25, 0.5]
+    assert columns[1] == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert columns[2] == [1, 2, 4]
+    wide = "a:\n" + "".join(f"  optim.lr.{name}: {{choice: {list(range(1, 60))}, source: s}}\n" for name in GROUPS)
+    with pytest.raises(ConfigError, match=r"--search grid: .* has 12,117,361 combinations; search fewer values"):
+        grid(searched(tmp_path, wide), 1)
+
+
+def test_what_was_begun_goes_on_and_what_was_done_is_known(data: Path, tmp_path: Path) -> None:
+    """A killed driver's sweep: three done (one of them failed), one under way, two to be drawn."""
+    space, recipe = searched(tmp_path, "a: {model.dropout: {uniform: [0.0, 0.5], source: s}}"), tiny(data)
+    first = Drawing(space, recipe, tmp_path / "trials", asked(trials=4))
+    folders = [Path(first.suggest(f"id{number}")["folder"]) for number in range(4)]  # type: ignore[index,call-overload]
+    for folder, objective in zip(folders[:2], (1.0, 0.5), strict=True):
+        events = run_folder.Events(folder, 0)
+        events.write("epoch", epoch=1, valid={"mae": objective})
+        events.close()
+        run_folder.write_json(folder / "result.json", {})
+    run_folder.write_json(folders[2] / "error.json", {"message": "no", "exit_code": 4})
+    before = read_outcomes(tmp_path / "trials", "mae")
+    assert [outcome.status for outcome in before] == [DONE, DONE, FAILED, INTERRUPTED]
+
+    drawing = Drawing(space, recipe, tmp_path / "trials", asked(trials=6), before)
+    known = drawing.study.trials
+    assert [trial.value for trial in known] == [1.0, 0.5, None]
+    assert [space.decoded(trial.params) for trial in known] == [outcome.values for outcome in before[:3]]
+    assert (drawing.left, drawing.total) == (3, 6)
+    assert drawing.suggest("a") == {"folder": str(folders[3])}
+    names = [Path(drawing.suggest(name)["folder"]).name for name in "bc"]  # type: ignore[index,call-overload]
+    assert [name[:9] for name in names] == ["trial-005", "trial-006"]
+    assert drawing.suggest("d") == Searcher.FINISHED
+    events = run_folder.Events(folders[3], 0)
+    events.write("epoch", epoch=1, valid={"mae": 0.25})
+    events.close()
+    drawing.on_trial_complete("a", {})
+    assert drawing.study.best_value == 0.25
+    assert space.decoded(drawing.study.best_params) == before[3].values
+
+
+def test_values_that_make_no_recipe_fail_when_the_sweep_goes_on_too(data: Path, tmp_path: Path) -> None:
+    space = searched(tmp_path, "a: {optim.accumulation: {choice: [40], source: s}}")
+    for _ in range(2):
+        before = read_outcomes(tmp_path / "trials", "mae")
+        config = Drawing(space, tiny(data), tmp_path / "trials", asked(trials=1), before).suggest("id")
+        assert isinstance(config, dict)
+        run_trial(config)
+        (outcome,) = read_outcomes(tmp_path / "trials", "mae")
+        assert outcome.status == FAILED and "cannot be shared by 1 workers x 40 accumulation" in (outcome.error or "")
+        (outcome.folder / "error.json").unlink()
+
+
 def test_an_unreachable_mlflow_in_mid_sweep_costs_the_record_not_the_trial(data: Path, tmp_path: Path) -> None:
     recipe = tiny(data, tracking={"enabled": True, "uri": "http://127.0.0.1:9"})
-    config = Drawing(searched(tmp_path), recipe, tmp_path / "trials", "min").suggest("id")
-    assert "error" not in config
+    config = Drawing(searched(tmp_path), recipe, tmp_path / "trials", asked()).suggest("id")
+    assert isinstance(config, dict) and "error" not in config
     folder = Path(config["folder"])
     assert list(folder.parent.iterdir()) == [folder], "the first try left nothing"
     assert not yaml.safe_load((folder / "recipe.yaml").read_text())["tracking"]["enabled"]
 
 
-def test_asha_never_stops_a_trial_at_its_last_epoch() -> None:
-    def decisions(epochs: int) -> Iterator[str]:
-        asha = Asha(epochs, 1)
-        asha.set_search_properties(OBJECTIVE, "min")
-        for number, objective in enumerate((0.1, 0.2, 9.0, 9.0)):
-            trial = type("Trial", (), {"trial_id": str(number)})
-            asha.on_trial_add(None, trial)
-            decision = ""
-            for epoch in range(1, epochs + 1):
-                decision = asha.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: objective})
-                if decision == TrialScheduler.STOP:
-                    break
-            yield f"{decision} {epoch}"
+def test_the_size_of_each_system_is_known(data: Path, tmp_path: Path) -> None:
+    drawing = Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked(search="grid", trials=8))
+    while drawing.suggest(f"id{drawing.drawn}") != Searcher.FINISHED:
+        pass
+    sizes: dict[int, set[int | None]] = {}
+    for outcome in read_outcomes(tmp_path / "trials", "mae"):
+        if outcome.values["optim.accumulation"] == 1:
+            sizes.setdefault(outcome.values["model.layers"], set()).add(outcome.parameters)
+    (one,), (two,) = sizes[1], sizes[2]
+    assert one is not None and two is not None and one < two
 
-    assert list(decisions(3)) == ["CONTINUE 3", "STOP 1", "STOP 1", "STOP 1"]
-    assert list(decisions(1)) == ["CONTINUE 1"] * 4
+
+def decisions(scheduler: TrialScheduler, objectives: Sequence[float], epochs: int) -> Iterator[str]:
+    """What it decides last of trials that run one after another, each as good at every epoch."""
+    for objective in objectives:
+        trial = Past(uuid.uuid4().hex)
+        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
+        decision = ""
+        for epoch in range(1, epochs + 1):
+            decision = scheduler.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: objective})  # type: ignore[arg-type]
+            if decision == TrialScheduler.STOP:
+                break
+        yield f"{decision} {epoch}"
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+def test_no_trial_is_stopped_at_its_last_epoch(mode: str, sign: int) -> None:
+    values = [sign * value for value in (0.1, 0.2, 9.0, 9.0)]
+    assert list(decisions(Asha(3, 1, mode), values, 3)) == ["CONTINUE 3", "STOP 1", "STOP 1", "STOP 1"]
+    assert list(decisions(Asha(1, 1, mode), values, 1)) == ["CONTINUE 1"] * 4
+    values = [sign * value for value in (0.1, 0.2, 0.3, 9.0, 0.05)]
+    assert list(decisions(Median(3, 2, mode), values, 3)) == [*["CONTINUE 3"] * 3, "STOP 2", "CONTINUE 3"]
+    assert list(decisions(Median(2, 2, mode), values, 2)) == ["CONTINUE 2"] * 5
+    unstopped = make_scheduler(asked(stopping="none"), 3, mode)
+    assert list(decisions(unstopped, values, 3)) == ["CONTINUE 3"] * 5
+
+
+@pytest.mark.parametrize("stopping", ["asha", "median"])
+def test_a_sweep_that_goes_on_stops_by_what_the_trials_before_reached(stopping: str, tmp_path: Path) -> None:
+    values = [0.1, 0.2, 0.3, 0.4]
+    whole = make_scheduler(asked(stopping=stopping), 4, "min")
+    first = list(decisions(whole, values, 4))
+    for number, (value, ends) in enumerate(zip(values, first, strict=True), 1):
+        stopped = {"record": {"stopped": int(ends.split()[1])}} if ends.startswith("STOP") else {"result": {}}
+        trial(tmp_path / "trials", number, [value] * int(ends.split()[1]), **stopped)
+    again = make_scheduler(asked(stopping=stopping), 4, "min")
+    replay(again, read_outcomes(tmp_path / "trials", "mae"), "mae")
+    later = [0.05, 0.25, 9.0, 0.01]
+    assert list(decisions(again, later, 4)) == list(decisions(whole, later, 4))
+    assert "STOP 1" in list(decisions(again, [9.0], 4))
 
 
 # --- outcomes, disk, table --------------------------------------------------------------------------------------------
@@ -181,11 +318,11 @@ def test_the_table_shows_the_best_first_and_why_trials_failed(trials: Path, tmp_
     outcomes = read_outcomes(trials, "mae")
     space = searched(tmp_path, "a: {model.layers: {choice: [1, 2], source: s}}")
     console = Console(width=140, record=True, file=(tmp_path / "out").open("w"))
-    console.print(trials_table(outcomes, space, "mae", winner(outcomes, "mae")))
+    console.print(trials_table(outcomes, space, ["mae"], winner(outcomes, "mae")))
     text = console.export_text()
     rows = [line for line in text.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == ["3", "4", "2 *", "1", "5"]
     assert "failed: the loss is not finite" in rows[0] and "stopped early" in rows[2]
-    write_csv(outcomes, space, "mae", tmp_path / "trials.csv")
+    write_csv(outcomes, space, ["mae"], tmp_path / "trials.csv")
     written = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [row["valid_mae"] for row in written] == ["1.0", "0.9", "0.1", "0.5", ""]

@@ -1,0 +1,196 @@
+"""What the next trial tries: Optuna draws, and each trial gets its folder before it starts anywhere."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState, create_trial
+from ray.tune.search import Searcher
+
+from mmsa_dist import run_folder, train
+from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.memory import sizes_of
+from mmsa_dist.recipe import Recipe, from_dict
+from shards.mix import AnyIndex
+from shards.progress import remarks
+from tune import objectives
+from tune.asked import Asked
+from tune.outcome import FAILED, INTERRUPTED, TRIAL, Outcome, read_outcome
+from tune.space import Knob, Space, Value, with_values
+from tune.trial import OBJECTIVE
+
+LEVELS = 3
+"""Values of a range that a grid has: both ends and the middle."""
+
+
+class Drawing(Searcher):
+    """Gives Ray Tune trial after trial: those that were begun before and have not ended, then new ones.
+
+    The first one that is drawn has the recipe's own values, where they lie inside: a sweep does not end worse than it
+    started.
+
+    Args:
+        recipe: what trials share; its seed is that of the drawing too. before: trials of the same sweep, earlier.
+    """
+
+    def __init__(
+        self, space: Space, recipe: Recipe, trials_dir: Path, asked: Asked, before: Sequence[Outcome] = ()
+    ) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max" if objectives.maximised(recipe.train.monitor) else "min")
+        self.space, self.trials_dir, self.asked = space, trials_dir, asked
+        self.base = recipe.dump()  # plain values: Tune keeps a copy of this object on disk
+        self.monitor = recipe.train.monitor
+        self.drawn = max((each.number for each in before), default=0)
+        self.open = [each for each in before if each.status == INTERRUPTED]
+        self.planned = first_points(space, recipe, grid_too=asked.search == "grid")
+        self.running: dict[str, tuple[Path, int | None]] = {}
+        self.study = optuna.create_study(
+            directions=["maximize" if objectives.maximised(name) else "minimize" for name in asked.objectives],
+            sampler=sampler(asked.search, recipe.seed + self.drawn),
+        )
+        for each in before:
+            self._remember(each)
+
+    @property
+    def left(self) -> int:
+        """How many trials there are to run."""
+        return len(self.open) + max(0, self.total - self.drawn)
+
+    @property
+    def total(self) -> int:
+        """How many trials there will be in all: a grid may have fewer than were asked for."""
+        return min(self.asked.trials, len(self.planned)) if self.asked.search == "grid" else self.asked.trials
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of `run_trial` for the next trial."""
+        if self.open:
+            outcome = self.open.pop(0)
+            return self._begun(trial_id, outcome.folder, self._ask(self.space.encoded(outcome.values)))
+        if self.drawn >= self.total:
+            return Searcher.FINISHED
+        number = self._ask(self.planned[self.drawn] if self.drawn < len(self.planned) else None)
+        assert number is not None
+        values = self.space.decoded(self.study.trials[number].params)
+        self.drawn += 1
+        return self._drawn(trial_id, number, values)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        folder, number = self.running.pop(trial_id)
+        if number is None:
+            return
+        found = objectives.values(read_outcome(folder, self.monitor), self.asked.objectives)
+        if error or found is None:
+            self.study.tell(number, state=TrialState.FAIL)
+        else:
+            self.study.tell(number, found)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep goes on from the folders of its trials."""
+        Path(checkpoint_path).touch()
+
+    def _ask(self, point: dict[str, Value] | None) -> int | None:
+        """The number of Optuna's next trial, which has `point` where that is given."""
+        if point is not None:
+            self.study.enqueue_trial(point)
+        return self.study.ask(self.space.distributions()).number
+
+    def _begun(self, trial_id: str, folder: Path, number: int | None) -> dict[str, Any]:
+        self.running[trial_id] = (folder, number)
+        wrong = run_folder.read_json(folder / TRIAL).get("error")
+        return {"folder": str(folder)} | ({"error": wrong} if wrong else {})
+
+    def _drawn(self, trial_id: str, number: int, values: dict[str, Value]) -> dict[str, Any]:
+        name = f"trial-{self.drawn:03d}"
+        record: dict[str, Any] = {"number": self.drawn, "values": values}
+        try:
+            recipe = with_values(from_dict(self.base), values, name)
+            index, recipe = train.check(recipe)
+            folder = self._prepared(recipe, index, name)
+            record["parameters"] = sum(sizes_of(recipe, index).trained.values())
+        except ConfigError as error:  # values that do not fit together: this trial fails, the sweep goes on
+            folder = self.trials_dir / name
+            folder.mkdir(parents=True)
+            record["error"] = str(error)
+        run_folder.write_json(folder / TRIAL, record)
+        return self._begun(trial_id, folder, number)
+
+    def _prepared(self, recipe: Recipe, index: AnyIndex, name: str) -> Path:
+        try:
+            return train.prepare(recipe, index, self.trials_dir, name)
+        except TransientError as error:
+            if not recipe.tracking.enabled:
+                raise
+            remarks.print(f"{name} is not recorded in MLflow: {error}")
+            tracking = recipe.tracking.model_copy(update={"enabled": False})
+            return train.prepare(recipe.model_copy(update={"tracking": tracking}), index, self.trials_dir, name)
+
+    def _remember(self, outcome: Outcome) -> None:
+        """What a trial that has ended reached is known to Optuna."""
+        point = self.space.encoded(outcome.values)
+        if point is None or outcome.status == INTERRUPTED:
+            return
+        found = None if outcome.status == FAILED else objectives.values(outcome, self.asked.objectives)
+        state = TrialState.FAIL if found is None else TrialState.COMPLETE
+        self.study.add_trial(
+            create_trial(params=point, distributions=self.space.distributions(), values=found, state=state)
+        )
+
+
+def sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
+    if search == "tpe":
+        # several are drawn before the first has a result: without the liar they would be drawn close together
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def first_points(space: Space, recipe: Recipe, *, grid_too: bool) -> list[dict[str, Value]]:
+    """The points that are tried before Optuna draws any: the recipe's own, and all others of a grid.
+
+    Raises:
+        ConfigError: the grid is too large to be listed.
+    """
+    own = space.point(recipe)
+    first = [] if own is None else [own]
+    return first + [point for point in grid(space, recipe.seed) if point != own] if grid_too else first
+
+
+LARGEST_GRID = 100_000
+
+
+def grid(space: Space, seed: int) -> list[dict[str, Value]]:
+    """All combinations of the values of each knob, in an order of `seed`, as Optuna would have drawn them.
+
+    Raises:
+        ConfigError: they are too many.
+    """
+    columns = [levels(knob) for knob in space.knobs]
+    size = 1
+    for column in columns:
+        size *= len(column)
+    if size > LARGEST_GRID:
+        raise ConfigError(
+            f"--search grid: {space.where} has {size:,} combinations; search fewer values (give the others a value on "
+            "the command line), or use --search tpe or random"
+        )
+    names = [knob.name for knob in space.knobs]
+    points = [dict(zip(names, row, strict=True)) for row in itertools.product(*columns)]
+    random.Random(seed).shuffle(points)
+    return points
+
+
+def levels(knob: Knob) -> list[Value]:
+    """The values of a grid, as Optuna would have drawn them: all, or `LEVELS` of a range."""
+    distribution = knob.distribution()
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, optuna.distributions.IntDistribution):
+        low, high = distribution.low, distribution.high
+        return sorted({round(low + (high - low) * i / (LEVELS - 1)) for i in range(LEVELS)})
+    assert isinstance(distribution, optuna.distributions.FloatDistribution)
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        return [low, (low * high) ** 0.5, high]
+    return [low, (low + high) / 2, high]
