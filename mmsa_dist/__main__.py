@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "labels": ("mmsa_dist.labels:main", "show the unimodal labels that a run has generated"),
     "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),
     "export": ("mmsa_dist.export:main", "write a trained system as a folder that loads without DeepSpeed or Ray"),
+    "spaces": ("tune.spaces_cli:main", "show what a sweep searches, and which paper each range comes from"),
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
 }

@@ -192,7 +192,7 @@ def switches(config: type[Strict]) -> list[Switch]:
         extra = field.json_schema_extra
         if isinstance(extra, dict) and "ablation" in extra:
             flag = _flag(name, field.default, field.annotation)
-            found.append(Switch(flag, _plain(field.default), str(extra["ablation"]), field.description or ""))
+            found.append(Switch(flag, plain(field.default), str(extra["ablation"]), field.description or ""))
     return found
 
 
@@ -205,16 +205,16 @@ def _flag(name: str, default: Any, annotation: Any) -> str:
     return f"--model.{key} {'|'.join(others) or key.rpartition('-')[2].upper()}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value as it stands in YAML."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {plain(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
+        return ", ".join(map(plain, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -226,7 +226,7 @@ def _recipe_table(name: str, recipe: str | None) -> "RenderableType":
     table = Table("value", "", "source", title=f"recipe {recipe}", title_justify="left")
     for key, (value, source) in sourced(recipe_file(name, recipe)).items():
         if key != "system":
-            table.add_row(key, _plain(value), source or "-")
+            table.add_row(key, plain(value), source or "-")
     return table
 
 

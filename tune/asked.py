@@ -31,7 +31,8 @@ class Asked:
         grace: epochs that every trial may run before it can be stopped.
         max_concurrent: trials at the same time at most; None: as many as there is room for.
         objectives: what is searched for; the first decides, the others make a Pareto front with it.
-        seeds: how many times the best recipe is trained. keys: dotted keys of the recipe that are searched.
+        seeds: how many times the best recipe is trained.
+        keys: dotted keys of the recipe that are searched. fixed: those that the command gave a value.
     """
 
     trials: int
@@ -42,6 +43,7 @@ class Asked:
     objectives: tuple[str, ...]
     seeds: int
     keys: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("trials", "grace", "max_concurrent", "seeds"):
@@ -65,7 +67,7 @@ class Asked:
         """
         try:
             known = run_folder.read_json(folder / FILE)
-            lists = {name: tuple(known[name]) for name in ("objectives", "keys")}
+            lists = {name: tuple(known[name]) for name in ("objectives", "keys", "fixed")}
             return cls(**{**known, **lists})
         except FileNotFoundError as error:
             raise DataError(f"{folder}: is not the folder of a sweep: it has no {FILE}") from error

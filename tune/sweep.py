@@ -35,7 +35,7 @@ trials run at once where the cluster has room. Each trial is a training run of i
 run. The best one on validation is trained to its end, tested once and registered; its recipe is written to best.yaml.
 
   --trials N           how many are drawn (default 4; with --search grid all); the first has the recipe's own values
-  --space FILE         what is searched; default: the packaged space of SYSTEM (mmsa-dist spaces SYSTEM shows it)
+  --space FILE         what is searched; default: what its paper searched, see `mmsa-dist spaces SYSTEM`
   --search NAME        how they are drawn (default tpe):
 {chr(10).join(f"                         {name:7} {text}" for name, text in SEARCHES.items())}
   --stopping NAME      which trials are stopped before their end (default asha):
@@ -90,11 +90,11 @@ def main(argv: list[str]) -> int:
     index, recipe = train.check(recipe)
     space = Space.load(system, Path(options.space) if options.space else None).checked(recipe)
     space = _narrowed(space, recipe, overrides)
-    begin(space, recipe, _asked(options, space, recipe, index), options)
+    begin(space, recipe, _asked(options, space, recipe, index, _given_keys(overrides)), options)
     return 0
 
 
-def _asked(options: argparse.Namespace, space: Space, recipe: Recipe, index: AnyIndex) -> Asked:
+def _asked(options: argparse.Namespace, space: Space, recipe: Recipe, index: AnyIndex, given: set[str]) -> Asked:
     """The command's options with what they leave open decided.
 
     Raises:
@@ -117,6 +117,7 @@ def _asked(options: argparse.Namespace, space: Space, recipe: Recipe, index: Any
         objectives=wanted,
         seeds=options.seeds,
         keys=tuple(space.keys),
+        fixed=tuple(sorted(given)),
     )
 
 
@@ -163,7 +164,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
             f"{index.where} holds {index.name} ({index.fingerprint[:12]}); give the data back that it began with"
         )
     space = Space.load(recipe.system, folder / "space.yaml").checked(recipe)
-    space = space.without(set(space.keys) - set(asked.keys))
+    space = space.fixed(asked.fixed, recipe).without(set(space.keys) - set(asked.keys))
     with run_folder.locked(folder):
         _remove_unbegun(folder / "trials")
         if asked.trials > before.trials:
@@ -319,7 +320,7 @@ def _narrowed(space: Space, recipe: Recipe, overrides: list[str]) -> Space:
             left_out.setdefault(reason, []).append(key)
     for reason, keys in left_out.items():
         print(f"not searched, as {reason}: {', '.join(keys)}")
-    narrowed = space.without(key for keys in left_out.values() for key in keys)
+    narrowed = space.fixed(given, recipe).without(key for keys in left_out.values() for key in keys)
     if not narrowed.knobs:
         raise ConfigError(f"{space.where}: nothing is left to search; give fewer values on the command line")
     return narrowed

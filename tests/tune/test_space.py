@@ -6,10 +6,13 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.recipe import load_recipe, packaged
-from tune.space import PACKAGED, Knob, Space, with_values
+from mmsa_dist.recipe import flatten, load_recipe, packaged
+from mmsa_dist.systems import get_system, system_names
+from tune.space import KINDS, PACKAGED, Knob, Space, with_values
 
 SYSTEMS = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
 
@@ -23,8 +26,9 @@ def space(tmp_path: Path, text: str, system: str = "self_mm") -> Space:
 # --- the packaged spaces ----------------------------------------------------------------------------------------------
 
 
-def test_both_systems_have_a_space() -> None:
-    assert SYSTEMS == ["self_mm", "ufen_mtfn"]
+def test_every_system_has_a_space() -> None:
+    ours = [name for name in system_names() if get_system(name).__module__.startswith("mmsa_dist.")]
+    assert set(SYSTEMS) == set(ours)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -41,6 +45,17 @@ def test_every_range_names_its_source(system: str) -> None:
 @pytest.mark.parametrize(("system", "recipe"), [(system, name) for system in SYSTEMS for name in packaged(system)])
 def test_the_values_of_the_packaged_recipes_lie_inside(system: str, recipe: str) -> None:
     assert Space.load(system).outside(load_recipe(system, recipe, [])) == {}
+
+
+@pytest.mark.parametrize(("system", "recipe"), [(system, name) for system in SYSTEMS for name in packaged(system)])
+def test_the_first_trial_of_a_sweep_can_have_the_packaged_recipes_values(system: str, recipe: str) -> None:
+    values, searched = load_recipe(system, recipe, []), Space.load(system)
+    tied = [knob for knob in searched.knobs if knob.kind != "together" and len(knob.keys) > 1]
+    flat = flatten(values)
+    apart = [knob.name for knob in tied if len({flat[key] for key in knob.keys}) > 1]
+    point = searched.point(values)
+    assert not apart and point is not None
+    assert with_values(values, searched.decoded(point)) == values
 
 
 # The values that MMSA publishes as tuned (config_regression.json, self_mm), in the order MOSI, MOSEI, SIMS, SIMS v2.
@@ -72,6 +87,61 @@ def test_self_mm_searches_what_its_authors_searched_and_their_tuned_values_lie_i
     assert knobs.keys() == SELF_MM_TUNED.keys()
     for key, values in SELF_MM_TUNED.items():
         assert all(knobs[key].holds(value) for value in values), key
+
+
+# MMSA's search space (config_tune.json, mult) where the key is ours too; its batches are an eighth of a step.
+MULT_SEARCHED: dict[str, list[Any]] = {
+    "data.batch_size": [32, 64, 128],
+    "optim.lr.audio, optim.lr.vision, optim.lr.rest": [0.0005, 0.001, 0.002, 0.005],
+    "optim.clip": [0.6, 0.8, 1.0],
+    "model.width, model.heads": [(30, 6), (30, 10), (32, 8), (36, 6), (40, 5), (40, 8), (40, 10), (50, 10)],
+    "model.layers": [2, 4, 6],
+    "model.text_kernel": [1, 3, 5],
+    "model.audio_kernel": [1, 3, 5],
+    "model.vision_kernel": [1, 3, 5],
+    "model.text_dropout": [0.1, 0.2, 0.3, 0.4, 0.5],
+    "model.attention_dropout": [0.1, 0.2, 0.3, 0.4, 0.5],
+    "model.audio_attention_dropout": [0.0, 0.1, 0.2],
+    "model.vision_attention_dropout": [0.0, 0.1, 0.2],
+    "model.relu_dropout": [0.0, 0.1, 0.2],
+    "model.residual_dropout": [0.0, 0.1, 0.2],
+    "model.embedding_dropout": [0.0, 0.1, 0.2],
+    "model.output_dropout": [0.1, 0.2, 0.3, 0.4, 0.5],
+}
+
+# MulT's paper, table 5, in the order MOSEI, MOSI, IEMOCAP.
+MULT_PUBLISHED: dict[str, list[Any]] = {
+    "data.batch_size": [16, 128, 32],
+    "optim.lr.audio, optim.lr.vision, optim.lr.rest": [1e-3, 1e-3, 2e-3],
+    "model.width, model.heads": [(40, 8), (40, 10), (40, 10)],
+    "model.layers": [4, 4, 4],
+    "model.text_kernel": [3, 3, 3],
+    "model.vision_kernel": [3, 3, 3],
+    "model.audio_kernel": [3, 3, 5],
+    "model.text_dropout": [0.3, 0.2, 0.3],
+    "model.attention_dropout": [0.1, 0.2, 0.25],
+    "model.audio_attention_dropout": [0.1, 0.2, 0.25],
+    "model.vision_attention_dropout": [0.1, 0.2, 0.25],
+    "model.output_dropout": [0.1, 0.1, 0.1],
+    "optim.clip": [1.0, 0.8, 0.8],
+}
+
+
+def test_mult_searches_what_mmsa_searched_and_the_papers_values_lie_inside() -> None:
+    knobs = {knob.name: knob for knob in Space.load("mult").knobs}
+    assert knobs.keys() == MULT_SEARCHED.keys() | {"optim.lr.text"}
+    for key, values in [*MULT_SEARCHED.items(), *MULT_PUBLISHED.items()]:
+        assert all(knobs[key].holds(value) for value in values), key
+
+
+@pytest.mark.parametrize("system", ["tam_ulag", "sugrm"])
+def test_what_descends_from_self_mm_searches_its_ranges(system: str) -> None:
+    theirs = {knob.name: knob for knob in Space.load(system).knobs}
+    for knob in Space.load("self_mm").knobs:
+        if knob.name in theirs:
+            assert all(theirs[knob.name].holds(value) for value in knob.values), knob.name
+    missing = {knob.name for knob in Space.load("self_mm").knobs} - theirs.keys()
+    assert all(name.startswith("model.post_") for name in missing) and (system == "sugrm" or not missing)
 
 
 def test_ufen_mtfn_holds_what_its_paper_found_best() -> None:
@@ -130,6 +200,110 @@ def test_the_recipes_own_values_are_a_point_of_the_space_when_all_lie_inside(tmp
     assert space(tmp_path, text).outside(outside) == {"model.audio_layers": 4}
 
 
+ROWS = "a:\n  model.width, model.heads: {together: [[30, 6], [30, 10], [40, 5], [40, 10], [50, 10]], source: s}"
+
+
+def mult(tmp_path: Path, text: str = ROWS) -> Space:
+    return space(tmp_path, text, "mult")
+
+
+def test_keys_that_go_together_take_their_parts_of_a_row(tmp_path: Path) -> None:
+    searched = mult(tmp_path)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [searched.decoded(study.ask(searched.distributions()).params) for _ in range(100)]
+    pairs = {(values["model.width"], values["model.heads"]) for values in drawn}
+    assert pairs == {(30, 6), (30, 10), (40, 5), (40, 10), (50, 10)}
+    recipe = load_recipe("mult", "mosei", [])
+    assert searched.point(recipe) == {"model.width, model.heads": 0}
+    other = with_values(recipe, {"model.width": 40, "model.heads": 8})
+    assert searched.point(other) is None
+    assert searched.outside(other) == {"model.width": 40, "model.heads": 8}, "each lies in some row, not in one"
+
+
+def test_every_row_is_tried_in_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"space.yaml: model.width, model.heads: .*width 40 must be divisible by he"):
+        mult(tmp_path, "a:\n  model.width, model.heads: {together: [[30, 6], [40, 6]], source: s}")
+
+
+def test_of_rows_those_are_left_that_have_the_value_which_the_command_fixes(tmp_path: Path) -> None:
+    searched = mult(tmp_path)
+    (knob,) = searched.fixed(["model.heads"], load_recipe("mult", None, ["--model.heads", "10"])).knobs
+    assert (knob.keys, knob.kind, knob.values) == (("model.width",), "choice", (30, 40, 50))
+    (knob,) = searched.fixed(["model.width", "seed"], load_recipe("mult", None, ["--model.width", "40"])).knobs
+    assert (knob.keys, knob.values) == (("model.heads",), (5, 10))
+    both = load_recipe("mult", None, ["--model.width", "60", "--model.heads", "4"])
+    assert searched.fixed(["model.width", "model.heads"], both).knobs == (), (
+        "none of it is searched, so no row is needed"
+    )
+    with pytest.raises(ConfigError) as refused:
+        searched.fixed(["model.heads"], load_recipe("mult", None, ["--model.heads", "25"]))
+    assert str(refused.value) == (
+        f"{tmp_path / 'space.yaml'}: no row of model.width, model.heads has `model.heads` 25, which the command fixes "
+        "(there are: [30, 6], [30, 10], [40, 5], [40, 10], [50, 10]); fix `model.width` too, or give a value that a "
+        "row has"
+    )
+
+
+def test_of_three_keys_two_stay_together(tmp_path: Path) -> None:
+    rows = "[[30, 6, 2], [30, 6, 4], [50, 10, 4], [40, 5, 4]]"
+    searched = mult(tmp_path, f"a:\n  model.width, model.heads, model.layers: {{together: {rows}, source: s}}")
+    (knob,) = searched.fixed(["model.layers"], load_recipe("mult", "mosi", [])).knobs
+    assert (knob.keys, knob.kind) == (("model.width", "model.heads"), "together")
+    assert knob.values == ((30, 6), (50, 10), (40, 5))
+    (knob,) = searched.without(["model.layers"]).knobs
+    assert knob.values == ((30, 6), (50, 10), (40, 5)), "once each, whatever the recipe's value"
+
+
+SCALARS = st.one_of(st.integers(-9, 9), st.floats(-9, 9), st.booleans(), st.sampled_from(["sum", "concat"]), st.none())
+LEAVES = st.one_of(SCALARS, st.lists(SCALARS, max_size=2).map(tuple))
+NUMBERS = st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=2, unique=True).map(lambda each: tuple(sorted(each)))
+WHOLE = st.lists(st.integers(-99, 99), min_size=2, max_size=2, unique=True).map(lambda each: tuple(sorted(each)))
+
+
+@st.composite
+def knobs(draw: st.DrawFn, kinds: tuple[str, ...] = tuple(KINDS)) -> Knob:
+    kind = draw(st.sampled_from(kinds))
+    keys = tuple(f"model.{letter}" for letter in "abc"[: draw(st.integers(2 if kind == "together" else 1, 3))])
+    values = {
+        "choice": st.lists(LEAVES, min_size=1, max_size=5).map(tuple),
+        "value": LEAVES.map(lambda value: (value,)),
+        "together": st.lists(st.tuples(*[LEAVES] * len(keys)), min_size=1, max_size=6).map(tuple),
+        "randint": WHOLE,
+    }
+    return Knob(keys, kind, draw(values.get(kind, NUMBERS)), "s")
+
+
+@given(knob=knobs(), seed=st.integers(0, 99))
+def test_whatever_is_drawn_lies_inside_and_would_be_drawn_again(knob: Knob, seed: int) -> None:
+    distributions = {knob.name: knob.distribution()}
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask(distributions).params[knob.name]
+    value = knob.decoded(drawn)
+    assert knob.holds(value)
+    recipe = knob.spread(value)
+    assert list(recipe) == list(knob.keys)
+    assert knob.read(recipe) == value and knob.outside(recipe) == []
+    assert knob.decoded(knob.encoded(value)) == value
+
+
+@given(knob=knobs())
+def test_what_stands_for_a_range_lies_inside(knob: Knob) -> None:
+    assert all(knob.holds(value) for value in knob.samples())
+
+
+@given(knob=knobs(kinds=("together",)), data=st.data())
+def test_a_fixed_value_and_what_is_left_of_a_row_are_a_row(knob: Knob, data: st.DataObject) -> None:
+    """And every row with that value can still be drawn."""
+    row = data.draw(st.sampled_from(knob.values))
+    held = data.draw(st.sets(st.sampled_from(knob.keys), min_size=1, max_size=len(knob.keys) - 1))
+    given = {key: value for key, value in knob.spread(row).items() if key in held}
+    left = knob.having(given).without(held)
+    assert left is not None and left.kind == ("together" if len(left.keys) > 1 else "choice")
+    for value in left.values:
+        assert knob.holds(knob.read({**left.spread(value), **given}))
+    assert left.holds(left.read(knob.spread(row)))
+    assert [left.encoded(value) for value in left.values] == list(range(len(left.values))), "once each"
+
+
 def test_keys_can_be_taken_out() -> None:
     searched = Space.load("ufen_mtfn").without(["optim.lr.audio", "model.layers"])
     assert "model.layers" not in searched.keys
@@ -172,6 +346,16 @@ BAD = {
     "a: {launch.workers: {choice: [1, 2], source: s}}": r"`launch.workers` cannot be searched",
     "a: {train.monitor: {choice: [mae], source: s}}": r"`train.monitor` cannot be searched",
     f"system: ufen_mtfn\na: {{{GOOD}}}": r"is for system 'ufen_mtfn', but 'self_mm' is searched",
+    "a:\n  optim.lr.audio, optim.lr.audio: {choice: [1], source: s}": r"`optim.lr.audio` is there twice",
+    "a: {optim.lr.audio: {together: [[1]], source: s}}": r"together is for two keys or more",
+    "a:\n  optim.lr.audio, optim.lr.vision: {together: [], source: s}": r"a list of rows .* found \[\]",
+    "a:\n  optim.lr.audio, optim.lr.vision: {together: 3, source: s}": r"a list of rows .* found 3",
+    "a:\n  optim.lr.audio, optim.lr.vision: {together: [1, 2], source: s}": r"found 1 as row 1",
+    "a:\n  optim.lr.audio, optim.lr.vision: {together: [[1, 2], [1]], source: s}": (
+        r"together expects a list of rows \[optim.lr.audio, optim.lr.vision\], found \[1\] as row 2"
+    ),
+    "a:\n  optim.lr.audio, optim.lr.vsion: {together: [[1, 2]], source: s}": r"unknown key `optim.lr.vsion`; did you",
+    "a:\n  optim.lr.audio, optim.lr.vision: {together: [[1, x]], source: s}": r"`optim.lr.vision`: .* found 'x'",
     "a: [": r"is not YAML",
 }
 
@@ -187,7 +371,7 @@ def test_a_wrong_space_is_refused_in_a_sentence_that_says_where(text: str, tmp_p
 def test_a_missing_file_and_a_system_without_a_space_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         Space.load("self_mm", tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"no packaged search space for 'my.module:Mine' \(there are: self_mm, ufen"):
+    with pytest.raises(ConfigError, match=r"no packaged search space for 'my.module:Mine' \(there are: iam, mult, pmr"):
         Space.load("my.module:Mine")
 
 
@@ -195,3 +379,5 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     assert isinstance(yaml.safe_load("1e-4"), str)
     searched = space(tmp_path, "a: {optim.lr.audio: {choice: [1e-4, 1e-3], source: s}}")
     assert searched.knobs[0].values == (1e-4, 1e-3)
+    searched = space(tmp_path, "a:\n  optim.lr.audio, optim.lr.vision: {together: [[1e-4, 1e-3]], source: s}")
+    assert searched.knobs[0].values == ((1e-4, 1e-3),)

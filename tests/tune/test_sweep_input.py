@@ -34,6 +34,27 @@ def test_nothing_left_to_search_is_refused(data: Path, tmp_path: Path) -> None:
         _narrowed(space, tiny(data), ["--model.layers", "1"])
 
 
+def test_of_keys_that_go_together_one_that_the_command_fixes_leaves_what_fits(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "{together: [[32, 2, 1], [64, 4, 1], [64, 2, 2]], source: s}"
+    text = f"a:\n  model.width, model.heads, model.layers: {rows}"
+    recipe = tiny(data, model={"width": 64, "heads": 2})
+    space = _narrowed(searched(tmp_path, text), recipe, ["--model.width", "64"])
+    assert [(knob.keys, knob.values) for knob in space.knobs] == [(("model.heads", "model.layers"), ((4, 1), (2, 2)))]
+    assert capsys.readouterr().out == "not searched, as the command fixes them: model.width\n"
+    with pytest.raises(ConfigError, match=r"no row of .* has `model.heads` 8, which the command fixes") as refused:
+        _narrowed(searched(tmp_path, text), tiny(data, model={"width": 64, "heads": 8}), ["--model.heads=8"])
+    assert "\n" not in str(refused.value)
+
+
+def test_of_keys_that_go_together_one_that_changes_nothing_leaves_every_row(data: Path, tmp_path: Path) -> None:
+    text = "a:\n  optim.lr.audio, optim.lr.vision: {together: [[1e-3, 1e-3], [5e-3, 1e-4]], source: s}"
+    recipe = tiny(data, data={"modalities": ["text", "audio"]})
+    (knob,) = _narrowed(searched(tmp_path, text), recipe, []).knobs
+    assert (knob.keys, knob.kind, knob.values) == (("optim.lr.audio",), "choice", (1e-3, 5e-3))
+
+
 def test_flags_are_keys() -> None:
     words = ["--optim.weight-decay.text", "0", "--batch-size=4", "-h", "word"]
     assert _given_keys(words) == {"optim.weight_decay.text", "data.batch_size"}

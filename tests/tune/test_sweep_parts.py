@@ -326,3 +326,15 @@ def test_the_table_shows_the_best_first_and_why_trials_failed(trials: Path, tmp_
     write_csv(outcomes, space, ["mae"], tmp_path / "trials.csv")
     written = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [row["valid_mae"] for row in written] == ["1.0", "0.9", "0.1", "0.5", ""]
+
+
+def test_the_table_shows_each_value_of_keys_that_go_together(trials: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    outcomes = read_outcomes(trials, "mae")
+    rows = "{together: [[1, 0.001], [2, 0.001]], source: s}"
+    space = searched(tmp_path, f"a:\n  model.layers, optim.lr.rest: {rows}")
+    console = Console(width=140, record=True, file=(tmp_path / "out").open("w"))
+    console.print(trials_table(outcomes, space, "mae", None))
+    text = console.export_text()
+    assert "┃ layers+rest ┃" in text and "│ 2, 0.001    │" in text
