@@ -80,7 +80,7 @@ class Knob:
         """What a trial has of it, in words."""
         own = [values.get(key) for key in self.keys]
         shown = own if self.kind == "together" else own[:1]
-        return " / ".join(f"{each:.3g}" if isinstance(each, float) else str(each) for each in shown)
+        return ", ".join(f"{each:.3g}" if isinstance(each, float) else str(each) for each in shown)
 
     @property
     def ranges(self) -> bool:

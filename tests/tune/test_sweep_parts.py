@@ -335,6 +335,6 @@ def test_the_table_shows_each_value_of_keys_that_go_together(trials: Path, tmp_p
     rows = "{together: [[1, 0.001], [2, 0.001]], source: s}"
     space = searched(tmp_path, f"a:\n  model.layers, optim.lr.rest: {rows}")
     console = Console(width=140, record=True, file=(tmp_path / "out").open("w"))
-    console.print(trials_table(outcomes, space, "mae", None))
+    console.print(trials_table(outcomes, space, ["mae"], None))
     text = console.export_text()
     assert "┃ layers+rest ┃" in text and "│ 2, 0.001    │" in text
