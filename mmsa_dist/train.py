@@ -213,12 +213,16 @@ def mirrored(address: str, folder: Path) -> None:
         print(f"checkpoint of step {step:,} comes from {mirror.address}")
 
 
-def prepare(recipe: Recipe, index: AnyIndex, runs_dir: Path, name: str | None) -> Path:
-    """A run folder with its description, and the MLflow run where tracking is on: an unreachable server is said now."""
+def prepare(recipe: Recipe, index: AnyIndex, runs_dir: Path, name: str | None, *, tracked: bool = True) -> Path:
+    """A run folder with its description, and the MLflow run where tracking is on: an unreachable server is said now.
+
+    Args:
+        tracked: False leaves the MLflow run to be opened later.
+    """
     folder = run_folder.create(runs_dir, name or recipe.system.rpartition(":")[2], recipe.dump())
     try:
         session.write_description(folder, recipe, index)
-        if recipe.tracking.enabled:
+        if recipe.tracking.enabled and tracked:
             from mmsa_dist.tracking import open_run
 
             open_run(folder, recipe)

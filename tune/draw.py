@@ -123,9 +123,8 @@ class Drawing(Searcher):
         except TransientError as error:
             if not recipe.tracking.enabled:
                 raise
-            remarks.print(f"{name} is not recorded in MLflow: {error}")
-            tracking = recipe.tracking.model_copy(update={"enabled": False})
-            return train.prepare(recipe.model_copy(update={"tracking": tracking}), index, self.trials_dir, name)
+            remarks.print(f"{name} is recorded in MLflow later: {error}")
+            return train.prepare(recipe, index, self.trials_dir, name, tracked=False)
 
     def _remember(self, outcome: Outcome) -> None:
         """What a trial that has ended reached is known to Optuna."""

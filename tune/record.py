@@ -1,14 +1,15 @@
 """A sweep in MLflow: trials are child runs of the sweep's run. A failure here is a warning: the folders hold it all."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmsa_dist import tracking
+from mmsa_dist import run_folder, tracking
 from mmsa_dist.errors import MmsaError
+from mmsa_dist.recipe import read_recipe
 from mmsa_dist.tracking import Link, store
-from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, Outcome
+from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, TRIAL, Outcome
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,8 +20,9 @@ STATUS = {DONE: "FINISHED", STOPPED: "FINISHED", FAILED: "FAILED", INTERRUPTED: 
 """A trial that was stopped early is finished for MLflow: nothing went wrong."""
 
 
-def record_trial(outcome: Outcome, monitor: str) -> None:
-    """Closes a trial's run with its best validation result and its status in the sweep."""
+def record_trial(outcome: Outcome, monitor: str) -> bool:
+    """Closes a trial's run with its best validation result and its status in the sweep; opens it where MLflow was away
+    when the trial was drawn. Tells whether all of it is there."""
 
     def write(client: "MlflowClient", run_id: str) -> None:
         if outcome.best is not None:
@@ -31,8 +33,34 @@ def record_trial(outcome: Outcome, monitor: str) -> None:
         if outcome.error is not None:
             client.set_tag(run_id, "sweep.error", outcome.error[:1000])
 
-    _write(outcome.folder, write)
+    done = _opened(outcome.folder) and _write(outcome.folder, write)
     tracking.end_run(outcome.folder, STATUS[outcome.status])
+    if done:
+        run_folder.write_json(outcome.folder / TRIAL, run_folder.read_json(outcome.folder / TRIAL) | {"recorded": True})
+    return done
+
+
+def record_rest(outcomes: Iterable[Outcome], monitor: str) -> None:
+    """What MLflow could not take when a trial ended; says what it does not take now either."""
+    left = [
+        outcome.folder.name
+        for outcome in outcomes
+        if not run_folder.read_json(outcome.folder / TRIAL).get("recorded") and not record_trial(outcome, monitor)
+    ]
+    if left:
+        print(f"warning: not wholly recorded in MLflow: {', '.join(left)}; --resume records them once it answers")
+
+
+def _opened(folder: Path) -> bool:
+    """Whether the trial's run is open in MLflow, or is not to be; opens it."""
+    if Link.load(folder) is not None or not (folder / "recipe.yaml").is_file():
+        return True
+    try:
+        tracking.open_run(folder, read_recipe(folder / "recipe.yaml"))
+    except MmsaError as error:
+        log.warning("%s is not recorded in MLflow yet: %s", folder.name, error)
+        return False
+    return True
 
 
 FILES = ("best.yaml", "trials.csv", "space.yaml", "sweep.json", "result.json")
@@ -62,14 +90,16 @@ def record_sweep(folder: Path, monitor: str, result: dict[str, Any]) -> None:
     tracking.end_run(folder, "FINISHED")
 
 
-def _write(folder: Path, write: "Callable[[MlflowClient, str], None]") -> None:
-    """Calls `write` with the MLflow run of `folder` where it has one; what fails is a warning."""
+def _write(folder: Path, write: "Callable[[MlflowClient, str], None]") -> bool:
+    """Calls `write` with the MLflow run of `folder` where it has one; what fails is a warning, and told."""
     link = Link.load(folder)
     if link is None:
-        return
+        return True
     try:
         client = store.connect(link.uri)
         with store.said(link.uri):
             write(client, link.run_id)
     except MmsaError as error:
         log.warning("%s is not wholly recorded in MLflow: %s", folder.name, error)
+        return False
+    return True

@@ -127,13 +127,14 @@ def begin(space: Space, recipe: Recipe, asked: Asked, options: argparse.Namespac
     name = options.name or f"sweep-{recipe.system.rpartition(':')[2]}"
     runs_dir = Path(options.runs_dir)
     recipe = _stored_in(recipe, runs_dir)
+    at_once = _connected(recipe, asked)  # what cannot run leaves nothing behind
     folder = train.prepare(recipe, index, runs_dir, name)
     for part in ("events", "checkpoints", "predictions"):
         (folder / part).rmdir()  # a sweep trains nothing itself
     run_folder.write_text(folder / "space.yaml", Path(space.where).read_text(encoding="utf-8"))
     asked.write(folder)
     with run_folder.locked(folder), _ended(recipe, folder):
-        return _run(space, recipe, folder, asked, options.export)
+        return _run(space, recipe, folder, asked, at_once, options.export)
 
 
 def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
         )
     space = Space.load(recipe.system, folder / "space.yaml").checked(recipe)
     space = space.fixed(asked.fixed, recipe).without(set(space.keys) - set(asked.keys))
+    at_once = _connected(recipe, asked)
     with run_folder.locked(folder):
         _remove_unbegun(folder / "trials")
         if asked.trials > before.trials:
@@ -173,7 +175,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
         if recipe.tracking.enabled:
             train.taken_up(folder, recipe)
         with _ended(recipe, folder):
-            return _run(space, recipe, folder, asked, options.export)
+            return _run(space, recipe, folder, asked, at_once, options.export)
 
 
 def _remove_unbegun(trials_dir: Path) -> None:
@@ -204,11 +206,10 @@ def _named(name: str, runs_dir: Path) -> Path:
     raise ConfigError(f"--resume {name}: there is no such sweep; in {runs_dir}: {there}")
 
 
-def _run(space: Space, recipe: Recipe, folder: Path, asked: Asked, export: str | None) -> dict[str, Any]:
+def _run(space: Space, recipe: Recipe, folder: Path, asked: Asked, at_once: int, export: str | None) -> dict[str, Any]:
     from tune.finish import choose, chosen, finish
 
     monitor, shared = recipe.train.monitor, _for_trials(recipe, folder)
-    at_once = _connected(recipe, asked)
     print(f"sweep {folder}", flush=True)
     if chosen(folder) is None:
         outcomes = _searched(space, recipe, shared, folder, asked, at_once)
@@ -234,6 +235,7 @@ def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked:
         KeyboardInterrupt: it was stopped.
     """
     from tune.plots import draw, importances
+    from tune.record import record_rest
     from tune.search import search
     from tune.table import importance_table, trials_table, write_csv
     from tune.watch import spare_disk
@@ -248,6 +250,7 @@ def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked:
     console.print(trials_table(outcomes, space, asked.objectives, best))
     write_csv(outcomes, space, asked.objectives, folder / "trials.csv")
     _unless_interrupted(outcomes, monitor)
+    record_rest(outcomes, monitor)
     if found := importances(outcomes, space, monitor):
         console.print(importance_table(found, monitor))
     draw(outcomes, space, asked.objectives, folder / "pictures")

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from mmsa_dist import launch, run_folder, train
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError
+from mmsa_dist.tracking import Link, store
 from shards.index import Index
+from tests.mmsa_dist.conftest import free_port, tracking_server
 from tests.tune.sweeps import searched, tiny
 from tune.asked import SEARCHES, Asked
 from tune.draw import Drawing, grid, levels
 from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, read_outcome, read_outcomes, winner
+from tune.record import record_rest
 from tune.search import concurrency
 from tune.stopping import Asha, Median, Past, make_scheduler, replay
 from tune.sweep import _for_trials
@@ -192,13 +194,38 @@ def test_values_that_make_no_recipe_fail_when_the_sweep_goes_on_too(data: Path, 
         (outcome.folder / "error.json").unlink()
 
 
-def test_an_unreachable_mlflow_in_mid_sweep_costs_the_record_not_the_trial(data: Path, tmp_path: Path) -> None:
-    recipe = tiny(data, tracking={"enabled": True, "uri": "http://127.0.0.1:9"})
+def test_what_mlflow_could_not_take_while_it_was_away_is_there_afterwards(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trial that is drawn, trained and ended while no server answers."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port = free_port()
+    recipe = tiny(data, tracking={"enabled": True, "uri": f"http://127.0.0.1:{port}"})
     config = Drawing(searched(tmp_path), recipe, tmp_path / "trials", asked()).suggest("id")
     assert isinstance(config, dict) and "error" not in config
     folder = Path(config["folder"])
     assert list(folder.parent.iterdir()) == [folder], "the first try left nothing"
-    assert not yaml.safe_load((folder / "recipe.yaml").read_text())["tracking"]["enabled"]
+    assert not (folder / "mlflow.json").exists()
+    events = run_folder.Events(folder, 0)
+    for epoch, mae in enumerate((0.5, 0.25), 1):
+        events.write("epoch", epoch=epoch, step=10 * epoch, train_loss=1.0, valid={"mae": mae})
+    events.close()
+    run_folder.write_json(folder / "result.json", {})
+    record_rest(read_outcomes(tmp_path / "trials", "mae"), "mae")
+    assert f"not wholly recorded in MLflow: {folder.name}; --resume records them" in capsys.readouterr().out
+
+    server = tracking_server(tmp_path, port)
+    try:
+        record_rest(read_outcomes(tmp_path / "trials", "mae"), "mae")
+        assert capsys.readouterr().out == ""
+        link = Link.load(folder)
+        assert link is not None
+        client = store.connect(server.uri)
+        run = client.get_run(link.run_id)
+        assert run.info.status == "FINISHED" and run.data.metrics["best_valid_mae"] == 0.25
+        assert [point.value for point in client.get_metric_history(link.run_id, "valid_mae")] == [0.5, 0.25]
+    finally:
+        server.close()
 
 
 def test_the_size_of_each_system_is_known(data: Path, tmp_path: Path) -> None:
