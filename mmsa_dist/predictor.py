@@ -63,7 +63,7 @@ class Predictor:
         """
         from mmsa_dist.systems import make_system
 
-        check_whole(folder, "export the model again")
+        check_whole(folder, "export the model again, or take another version of it")
         recipe = read_recipe(_present(folder / RECIPE))
         card = DataCard.load(folder)
         text = _text(card, folder)
@@ -178,8 +178,8 @@ def weights_path(folder: Path) -> Path:
 
 
 def check_whole(folder: Path, remedy: str) -> None:
-    """Raises DataError where a file in `folder` is not what its manifest says; older versions wrote none in ``best/``,
-    and MLflow's model folders have none."""
+    """Raises DataError where a file in `folder` is not what its manifest says; older versions wrote none in ``best/``
+    and in MLflow's model folders."""
     from mmsa_dist.checkpoint import damage
 
     if (folder / "manifest.json").is_file() and (fault := damage(folder, None)) is not None:

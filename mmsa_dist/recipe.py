@@ -188,6 +188,15 @@ def read_recipe(path: Path) -> Recipe:
     return from_dict(_yaml(path), str(path))
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of a recipe that a run saved, of whichever version and system; nothing is checked.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
+    return _flat(_yaml(path))
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Lines ``key: old -> new`` of what differs and would change results."""
     before, after = ({**flatten(each), "labels.generator": each.label_generator} for each in (old, new))

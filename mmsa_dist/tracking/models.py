@@ -1,4 +1,4 @@
-"""The model registry: the best weights as a model that answers anywhere, its versions and their aliases.
+"""The model registry: the best weights as a model that answers anywhere, registered as a version.
 
 A model is code (a copy of our packages), safetensors, JSON and YAML: nothing in it is pickled, and it loads with
 MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false.
@@ -10,22 +10,22 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmsa_dist import run_folder
+from mmsa_dist import checkpoint, model_card, run_folder
 from mmsa_dist.data_card import DataCard
 from mmsa_dist.errors import TrainingError
-from mmsa_dist.metrics import is_better
 from mmsa_dist.predictor import ENCODER, RECIPE, WEIGHTS, Predictor, weights_path
 from mmsa_dist.recipe import Recipe
-from mmsa_dist.report import data_name, value_text
+from mmsa_dist.tracking.aliases import promote_better
 from mmsa_dist.tracking.tracker import Link
+from mmsa_dist.tracking.version import ANSWERS, code_tags, code_text, version_tags
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def publish(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe) -
         uri = f"models:/{name}/{version}"
     moved, notes = [], []
     for alias in recipe.tracking.alias:
-        note = promote(client, name, version, alias, recipe.train.monitor)
+        note = promote_better(client, name, version, alias, recipe.train.monitor)
         moved += [alias] if note is None else []
         notes += [note] if note else []
     return Published(uri, name, version, tuple(moved), tuple(notes))
@@ -87,43 +87,6 @@ def registered_name(recipe: Recipe) -> str | None:
     if asked is not None:
         return None if asked.lower() in ("none", "") else asked
     return re.sub(r"[^\w.-]+", "-", recipe.system.rpartition(":")[2])
-
-
-def promote(client: "MlflowClient", name: str, version: str, alias: str, monitor: str) -> str | None:
-    """Moves `alias` to `version`, unless the version that has it did better on validation of the same data.
-
-    Two runs that end together both look again after moving, so that the better one keeps it.
-
-    Args:
-        monitor: validation metric to compare by; each version carries its own as the tag ``valid.<metric>``.
-
-    Returns:
-        None where `version` has the alias now; otherwise why not, in a sentence.
-    """
-    for _ in range(3):
-        holder = client.get_registered_model(name).aliases.get(alias)
-        if holder is not None and str(holder) == version:
-            return None
-        if holder is not None and (note := _better(client, name, version, str(holder), alias, monitor)):
-            return note
-        client.set_registered_model_alias(name, alias, version)
-    return None
-
-
-def _better(client: "MlflowClient", name: str, version: str, holder: str, alias: str, monitor: str) -> str | None:
-    """Why `holder` keeps the alias; None where it does not. Versions of other data cannot be compared."""
-    mine, its = (client.get_model_version(name, v).tags for v in (version, holder))
-    if mine.get("data.fingerprint") != its.get("data.fingerprint"):
-        return None
-    new, old = (float(tags[f"valid.{monitor}"]) if f"valid.{monitor}" in tags else None for tags in (mine, its))
-    if old is None or not is_better(monitor, old, new):
-        return None
-    shown = value_text(monitor, new)
-    return (
-        f"{alias} stays with version {holder} of {name}: its validation {monitor} {value_text(monitor, old)} on the "
-        f"same data is better than {shown} of version {version}; to move it all the same: "
-        f"mlflow.MlflowClient().set_registered_model_alias({name!r}, {alias!r}, {version!r})"
-    )
 
 
 def model_folder(run_dir: Path, into: Path, weights: Path | None = None) -> Path:
@@ -179,6 +142,9 @@ def _log(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe) -> s
         predictor = Predictor.load(run_dir)
         request = pd.DataFrame([predictor.example()])
         answer = served.answers(predictor, request.to_dict("records"))
+        checkpoint.write_manifest(folder)  # of what a prediction depends on; a person may add to the card
+        run_folder.write_json(folder / ANSWERS, answer.to_dict("list"))
+        (folder / model_card.FILE).write_text(_card(run_dir, recipe, _code(client, link)), encoding="utf-8")
         # Any, not Array(Array(double)): that would refuse whole numbers, which JSON writes without a point, and costs
         # 0.1 s a request of MOSI's size. Our own check names row, step and feature.
         inputs = [ColSpec(DataType.string if c == "raw_text" else AnyType(), c) for c in predictor.columns]
@@ -218,59 +184,28 @@ def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe,
     """A new version of `name` from the logged model `uri`; gives its number."""
     from mlflow.exceptions import MlflowException
 
+    code = _code(client, link)
     result = run_folder.read_json(run_dir / "result.json")
-    card = DataCard.load(run_dir)
-    tags = {
-        "system": recipe.system,
-        "data": card.name,
-        "data.fingerprint": card.fingerprint,
-        "data.synthetic": str(card.synthetic).lower(),
-        "code.version": _version("mmsa-dist"),
-        "run_dir": run_dir.name,
-        **{f"valid.{metric}": repr(value) for metric, value in result["valid"].items() if value is not None},
-    }
-    if commit := client.get_run(link.run_id).data.tags.get("mlflow.source.git.commit"):
-        tags["code.commit"] = commit
+    tags = version_tags(result, DataCard.load(run_dir), recipe, run_dir, weights_path(run_dir), code)
     with suppress(MlflowException):  # it exists already; if not, the next call says what is wrong
         client.create_registered_model(name)
     with _global_store(link.uri):  # where the registry looks for the logged model
         made = client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))
     version = str(made.version)
-    client.update_model_version(name, version, model_card(result, card, recipe, f"models:/{name}/{version}"))
+    text = model_card.description(_card(run_dir, recipe, code), f"models:/{name}/{version}")
+    client.update_model_version(name, version, text)
     return version
 
 
-def model_card(result: dict[str, Any], card: DataCard, recipe: Recipe, uri: str) -> str:
-    """What a person who finds this version in the registry wants to know, in Markdown."""
-    from mmsa_dist.systems import get_system
+def _card(run_dir: Path, recipe: Recipe, code: Mapping[str, str]) -> str:
+    """The model card of a finished run; `code` from `_code`."""
+    result = run_folder.read_json(run_dir / "result.json")
+    return model_card.model_card(result, DataCard.load(run_dir), recipe, code_text(code) or "mmsa-dist")
 
-    splits = [split for split in ("valid", "test") if split in result]
-    rows = [
-        f"| {metric} | " + " | ".join(value_text(metric, result[split].get(metric)) for split in splits) + " |"
-        for metric in result["valid"]
-    ]
-    low, high = card.label_range
-    answer = f"Sentiment intensity of an utterance, {low:g} (negative) to {high:g} (positive)"
-    if card.classes:
-        named = ", ".join(card.judged)
-        answer = f"Emotions of an utterance ({named}): of each the probability, 0 to 1, that it is there"
-    splits_text = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
-    chosen = f"epoch {result['best_epoch']} of {result['epochs']}, selected on {result.get('selected_on')}"
-    synthetic = (
-        "\n**Trained on synthetic data: its answers mean nothing for real utterances.**\n" if card.synthetic else ""
-    )
-    return f"""{recipe.system}: {get_system(recipe.system).paper}
-{synthetic}
-{answer}, from {", ".join(card.widths)}.
-Trained on {data_name({"data": card.name, "synthetic": card.synthetic})} ({splits_text}),
-fingerprint `{card.fingerprint[:12]}`; {chosen}.
 
-| metric | {" | ".join(splits)} |
-|---|{"---|" * len(splits)}
-{chr(10).join(rows)}
-
-`mmsa-dist predict {uri} --data FOLDER --out predictions.csv`, or `mlflow models serve -m {uri} --env-manager local`.
-"""
+def _code(client: "MlflowClient", link: Link) -> dict[str, str]:
+    """`code_tags` of the run."""
+    return code_tags(_version("mmsa-dist"), client.get_run(link.run_id).data.tags)
 
 
 def code_paths(system: str) -> list[str]:

@@ -50,7 +50,7 @@ def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) ->
         The run's id; None where tracking is off.
 
     Raises:
-        TransientError: the store cannot be reached. ConfigError: it is none, or refuses.
+        TransientError: the store cannot be reached. ConfigError: it is none, or refuses; an alias cannot be one.
     """
     tracking = recipe.tracking
     if not tracking.enabled:
@@ -60,6 +60,10 @@ def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) ->
         with store.said(link.uri):
             client.update_run(link.run_id, status="RUNNING")
         return link.run_id
+    from mmsa_dist.tracking.aliases import check_alias
+
+    for alias in tracking.alias:
+        check_alias(alias)
     uri = store.store_uri(tracking.uri, run_dir.parent)
     client = store.connect(uri)
     card = DataCard.load(run_dir)

@@ -26,7 +26,8 @@ from mmsa_dist.errors import TrainingError
 from mmsa_dist.predictor import Predictor
 from mmsa_dist.recipe import from_dict
 from mmsa_dist.tracking import finish_run, open_run
-from mmsa_dist.tracking.models import code_paths, promote, registered_name
+from mmsa_dist.tracking.aliases import promote_better
+from mmsa_dist.tracking.models import code_paths, registered_name
 from shards.index import Index
 from shards.read import ShardReader
 from shards.utterance import Utterance
@@ -206,20 +207,20 @@ def holder(tracked: Tracked, name: str) -> str:
 def test_an_alias_goes_to_the_better_model(monitor: str, tracked: Tracked) -> None:
     name = f"promoted-{monitor}"
     good, worse, equal, better = (version_with(tracked, name, mae) for mae in (0.5, 0.6, 0.5, 0.4))
-    assert promote(tracked.client, name, good, "champion", monitor) is None
-    note = promote(tracked.client, name, worse, "champion", monitor)
+    assert promote_better(tracked.client, name, good, "champion", monitor) is None
+    note = promote_better(tracked.client, name, worse, "champion", monitor)
     assert note is not None and f"champion stays with version {good}" in note and f"version {worse}" in note
     assert holder(tracked, name) == good
-    assert promote(tracked.client, name, equal, "champion", monitor) is None  # at least as good
+    assert promote_better(tracked.client, name, equal, "champion", monitor) is None  # at least as good
     assert holder(tracked, name) == equal
-    assert promote(tracked.client, name, better, "champion", monitor) is None
+    assert promote_better(tracked.client, name, better, "champion", monitor) is None
     assert holder(tracked, name) == better
 
 
 def test_models_of_other_data_cannot_be_compared_so_the_new_one_has_the_alias(tracked: Tracked) -> None:
     old, new = version_with(tracked, "other-data", 0.5), version_with(tracked, "other-data", 0.9, data="other")
-    promote(tracked.client, "other-data", old, "champion", "mae")
-    assert promote(tracked.client, "other-data", new, "champion", "mae") is None
+    promote_better(tracked.client, "other-data", old, "champion", "mae")
+    assert promote_better(tracked.client, "other-data", new, "champion", "mae") is None
     assert holder(tracked, "other-data") == new
 
 
@@ -242,7 +243,7 @@ def test_of_two_that_end_together_the_better_keeps_the_alias(tracked: Tracked) -
                 self.came = True
                 tracked.client.set_registered_model_alias("race", "champion", worse)
 
-    assert promote(Interrupted(), "race", better, "champion", "mae") is None  # type: ignore[arg-type]
+    assert promote_better(Interrupted(), "race", better, "champion", "mae") is None  # type: ignore[arg-type]
     assert holder(tracked, "race") == better
 
 

@@ -152,6 +152,13 @@ def test_a_parent_that_is_not_there_is_said(runs_dir: Path, trained: tuple[Path,
         open_run(folder, recipe)
 
 
+def test_an_alias_that_mlflow_refuses_is_said_before_training(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
+    folder, recipe = described(runs_dir, trained, alias=["champion", "v2"])
+    with pytest.raises(ConfigError, match="--alias 'v2': MLflow takes letters"):
+        open_run(folder, recipe)
+    assert not (folder / LINK).exists()
+
+
 def test_a_deleted_experiment_is_said(runs_dir: Path, trained: tuple[Path, Recipe]) -> None:
     client = client_of(runs_dir)
     client.delete_experiment(client.create_experiment("gone"))

@@ -1,0 +1,119 @@
+"""Who holds an alias: it moves to another version here and nowhere else, and the version remembers how it got it."""
+
+import getpass
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.metrics import is_better
+from mmsa_dist.report import value_text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PROMOTED = "promoted."
+"""Begins the tags of a version that tell of its last promotion to an alias: ``promoted.champion.at``, ``.by``,
+``.from`` (version that held the alias, or none), ``.forced``, ``.reason``, ``.failed`` (checks that were overruled)."""
+
+NOBODY = "none"
+
+
+def check_alias(alias: str) -> None:
+    """Says before any work that MLflow takes no such alias.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not re.fullmatch(r"[\w-]{1,255}", alias) or alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise ConfigError(
+            f"--alias {alias!r}: MLflow takes letters, digits, '-' and '_', and neither `latest` nor names like `v1`, "
+            "which mean versions; e.g. champion"
+        )
+
+
+def promote_better(client: "MlflowClient", name: str, version: str, alias: str, monitor: str) -> str | None:
+    """Moves `alias` to `version`, which was just trained, unless the version that has it did better on validation of
+    the same data.
+
+    Two runs that end together both look again after moving, so that the better one keeps it.
+
+    Args:
+        monitor: validation metric to compare by; each version carries its own as the tag ``valid.<metric>``.
+
+    Returns:
+        None where `version` has the alias now; otherwise why not, in a sentence.
+    """
+    for _ in range(3):
+        holder = holder_of(client, name, alias)
+        if holder == version:
+            return None
+        if holder is not None and (note := _better(client, name, version, holder, alias, monitor)):
+            return note
+        move(client, name, version, alias, holder, reason="asked for when it was trained")
+    return None
+
+
+def holder_of(client: "MlflowClient", name: str, alias: str) -> str | None:
+    """The version that holds `alias` now."""
+    holder = client.get_registered_model(name).aliases.get(alias)
+    return None if holder is None else str(holder)
+
+
+def move(
+    client: "MlflowClient",
+    name: str,
+    version: str,
+    alias: str,
+    holder: str | None,
+    *,
+    reason: str | None = None,
+    failed: Sequence[str] = (),
+) -> None:
+    """Records the promotion on `version`, then moves `alias` to it: no alias stands where nobody knows why.
+
+    Args:
+        holder: the version that holds it now.
+        failed: checks that did not pass and were overruled.
+    """
+    told = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "by": user(),
+        "from": holder or NOBODY,
+        "forced": str(bool(failed)).lower(),
+        **({"reason": reason} if reason else {}),
+        **({"failed": "; ".join(failed)} if failed else {}),
+    }
+    tags = {f"{PROMOTED}{alias}.{key}": value for key, value in told.items()}
+    before = client.get_model_version(name, version).tags
+    for key in before.keys() - tags.keys():
+        if key.startswith(f"{PROMOTED}{alias}."):  # of an earlier promotion
+            client.delete_model_version_tag(name, version, key)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.set_registered_model_alias(name, alias, version)
+
+
+def user() -> str:
+    """Who runs this, as the system knows them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # in a container that has no name for the user's number
+        return "unknown"
+
+
+def _better(client: "MlflowClient", name: str, version: str, holder: str, alias: str, monitor: str) -> str | None:
+    """Why `holder` keeps the alias; None where it does not. Versions of other data cannot be compared."""
+    mine, its = (client.get_model_version(name, v).tags for v in (version, holder))
+    if mine.get("data.fingerprint") != its.get("data.fingerprint"):
+        return None
+    new, old = (float(tags[f"valid.{monitor}"]) if f"valid.{monitor}" in tags else None for tags in (mine, its))
+    if old is None or not is_better(monitor, old, new):
+        return None
+    shown = value_text(monitor, new)
+    return (
+        f"{alias} stays with version {holder} of {name}: its validation {monitor} {value_text(monitor, old)} on the "
+        f"same data is better than {shown} of version {version}; to move it all the same: "
+        f"mmsa-dist promote {name} --version {version} --alias {alias} --force --reason WHY"
+    )
