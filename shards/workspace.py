@@ -95,19 +95,22 @@ def workspace(out: Path, job: dict[str, Any], keeping: tuple[type[BaseException]
         keeping: errors that leave it behind, with the shards that are finished, for the next packing of this job.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    # held while we live: a killed packing's folder can be told from a working one's
-    folder, lock = _claimed(out, json.dumps(job, sort_keys=True))
-    kept = False
+    made: list[Path] = []
+    lock, kept = None, False
     try:
+        # held while we live: a killed packing's folder can be told from a working one's
+        folder, lock = _claimed(out, json.dumps(job, sort_keys=True), made)
+        made = [folder]
         yield folder
     except keeping:
-        kept = bool(finished(folder))
+        kept = bool(made and finished(made[0]))
         if kept:
-            _tidy(folder)
+            _tidy(made[0])
         raise
     finally:
         if not kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            for folder in made:
+                shutil.rmtree(folder, ignore_errors=True)
         _unlock(lock)
 
 
@@ -155,10 +158,13 @@ def _clear_exchanged(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _claimed(out: Path, job: str) -> tuple[Path, int | None]:
+def _claimed(out: Path, job: str, made: list[Path]) -> tuple[Path, int | None]:
     """The workspace of this job that a killed packing left, tidied, or a new one; and what locks it. Others' go.
 
     One packing at a time does this: between its making and its locking a folder looks like a stale one.
+
+    Args:
+        made: gets a new one as soon as it is there: a signal may come at any moment.
     """
     turn = _lock(out.parent, wait=True)
     try:
@@ -179,6 +185,7 @@ def _claimed(out: Path, job: str) -> tuple[Path, int | None]:
             _tidy(taken[0])
             return taken
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        made.append(folder)
         folder.chmod(0o777 & ~_umask())
         lock = _lock(folder)
         (folder / JOB).write_text(job, encoding="utf-8")
