@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "promote": ("mmsa_dist.registered.promote:main", "move an alias to a version that passes the checks"),
     "spaces": ("tune.spaces_cli:main", "show what a sweep searches, and which paper each range comes from"),
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
+    "reproduce": ("tune.reproduce:main", "train a paper's table, show its figures beside ours"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
 }
 

@@ -89,7 +89,7 @@ def pictures(run_dir: Path, into: Path) -> list[Path]:
     kind = run_folder.read_json(run_dir / "data.json")["kind"]
     files = []
     if epochs := epoch_events(run_dir):
-        files.append(_save(loss_curve(epochs, result), into / "loss_curve.png"))
+        files.append(save(loss_curve(epochs, result), into / "loss_curve.png"))
     for split in ("valid", "test"):
         if (run_dir / "predictions" / f"{split}.npz").is_file():
             files += _matrices(run_dir, split, kind, result, into)
@@ -158,12 +158,13 @@ def _matrices(run_dir: Path, split: str, kind: Any, result: Mapping[str, Any], i
         counted = sorted({*class_counts(kind)[:1], *class_counts(kind)[-1:]})
         found = {str(classes): (confusion(y, p, classes, kind), title) for classes in counted}
     return [
-        _save(confusion_matrix(*matrix, above), into / f"confusion_{split}_{name}.png")
+        save(confusion_matrix(*matrix, above), into / f"confusion_{split}_{name}.png")
         for name, (matrix, above) in found.items()
     ]
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: Path) -> Path:
+    """Writes a picture; gives its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)  # draws without a display, and without pyplot's global state

@@ -39,17 +39,29 @@ def create(runs_dir: Path, name: str, recipe: dict[str, Any]) -> Path:
         raise ConfigError(f"run name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (runs_dir / f"{name}-{stamp}-{secrets.token_hex(2)}").resolve()
+    fill(folder, recipe, new=True)
+    return folder
+
+
+def fill(folder: Path, recipe: dict[str, Any], *, new: bool = False) -> None:
+    """A run folder with its recipe and environment.
+
+    Args:
+        new: it must not be there yet.
+
+    Raises:
+        TransientError: it cannot be written.
+    """
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=not new)
         for part in ("events", "checkpoints", "predictions"):
-            (folder / part).mkdir()
+            (folder / part).mkdir(exist_ok=not new)
         write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         write_json(folder / "environment.json", environment())
     except OSError as error:
         raise TransientError(
             f"{folder}: the run's folder cannot be written: {error.strerror}; choose another with --runs-dir"
         ) from error
-    return folder
 
 
 def environment() -> dict[str, Any]:

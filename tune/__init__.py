@@ -1,1 +1,1 @@
-"""What searching is: search spaces and sweeps."""
+"""What searching and comparing is: search spaces, sweeps, and the papers' tables."""

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import optuna
 from ray import tune as ray_tune
@@ -65,7 +65,6 @@ def search(
         recipe: what all trials share; `recipe.seed` also seeds the drawing.
         before: the trials that there are, of the same sweep: those that have not ended go on.
     """
-    quiet()
     drawing = Drawing(space, recipe, folder / "trials", asked, before)
     scheduler = make_scheduler(asked, recipe.train.epochs, drawing.mode)
     replay(scheduler, before, recipe.train.monitor)
@@ -93,20 +92,34 @@ class Prepared(Searcher):
 
 def run_prepared(folders: Sequence[Path], watch: Watch, recipe: Recipe, folder: Path, at_once: int) -> None:
     """Runs what is in `folders` to its end, as many at once as there is room for."""
-    quiet()
     run(Prepared(folders), FIFOScheduler(), watch, recipe, folder, count=len(folders), at_once=at_once)
+
+
+class Watching(Protocol):
+    """A callback of Ray Tune's that is a context too."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 def run(
     drawing: Searcher,
     scheduler: TrialScheduler,
-    watch: Watch,
+    watch: Watching,
     recipe: Recipe,
     folder: Path,
     *,
     count: int,
     at_once: int,
 ) -> None:
+    """Ray Tune over the folders that `drawing` gives.
+
+    Args:
+        recipe: what they share of how they are launched. folder: where Ray Tune keeps its state meanwhile.
+        count: how many there will be.
+    """
+    quiet()
     for left in folder.glob(f"{STATE}-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     name = f"{STATE}-{time.time_ns():x}"  # Ray takes up a run whose name it has seen

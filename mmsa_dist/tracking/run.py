@@ -82,13 +82,16 @@ def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) ->
     return run_id
 
 
-def finish_run(run_dir: Path, recipe: Recipe) -> "Published | None":
+def finish_run(run_dir: Path, recipe: Recipe, *, model: bool = True) -> "Published | None":
     """Records what came out and registers the best model; called by the driver after training.
 
     A second call repeats nothing that is there already: the model is registered once.
 
+    Args:
+        model: log the best weights as a model; of many runs for one table they would fill a disk.
+
     Returns:
-        The registered version and what was done with the aliases; None where the run is not tracked.
+        The registered version and what was done with the aliases; None where the run is not tracked, or without model.
 
     Raises:
         TransientError: MLflow cannot be reached; the run folder is whole, and a second call catches up.
@@ -110,8 +113,8 @@ def finish_run(run_dir: Path, recipe: Recipe) -> "Published | None":
                 client.log_artifact(link.run_id, str(picture), "pictures")
         for file in sorted((run_dir / "predictions").glob("*.npz")):
             client.log_artifact(link.run_id, str(file), "predictions")
-        published = publish(client, link, run_dir, recipe)
-        if published.uri != link.model:
+        published = publish(client, link, run_dir, recipe) if model else None
+        if published and published.uri != link.model:
             replace(link, model=published.uri).save(run_dir)
         client.set_terminated(link.run_id, "FINISHED")
     return published
