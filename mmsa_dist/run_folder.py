@@ -29,14 +29,26 @@ log = logging.getLogger(__name__)
 PACKAGES = ("mmsa-dist", "torch", "deepspeed", "ray", "mlflow", "transformers", "safetensors", "numpy")
 
 
+def check_name(name: str) -> None:
+    """
+    Raises:
+        ConfigError: no folder can be called so.
+    """
+    if not name or len(name.encode()) > LONGEST or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ConfigError(f"run name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+
+
+LONGEST = 200
+"""Bytes of a run's name: file systems take 255 in all."""
+
+
 def create(runs_dir: Path, name: str, recipe: dict[str, Any]) -> Path:
     """A new run folder ``<name>-<time>-<random>`` with its recipe and environment.
 
     Raises:
         ConfigError: the name cannot be a folder's. TransientError: the folder cannot be written.
     """
-    if not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ConfigError(f"run name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    check_name(name)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (runs_dir / f"{name}-{stamp}-{secrets.token_hex(2)}").resolve()
     fill(folder, recipe, new=True)

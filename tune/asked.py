@@ -17,7 +17,7 @@ SEARCHES = {
 
 STOPPINGS = {
     "asha": "of the trials that have run for as long, the best third goes on, again and again",
-    "median": "a trial ends whose average is worse than the median of the others at that epoch",
+    "median": "a trial ends whose best is worse than the median of what the others had on average until then",
     "none": "every trial runs to its end",
 }
 
@@ -82,4 +82,5 @@ class Asked:
         """
         if trials is not None and trials < self.trials:
             raise ConfigError(f"--trials {trials}: the sweep was begun with {self.trials}; give as many or more")
-        return replace(self, trials=trials or self.trials, max_concurrent=max_concurrent or self.max_concurrent)
+        given = {"trials": trials, "max_concurrent": max_concurrent}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -81,8 +81,9 @@ class Drawing(Searcher):
         folder, number = self.running.pop(trial_id)
         if number is None:
             return
-        found = objectives.values(read_outcome(folder, self.monitor), self.asked.objectives)
-        if error or found is None:
+        outcome = read_outcome(folder, self.monitor)
+        found = objectives.values(outcome, self.asked.objectives)
+        if error or outcome.status == FAILED or found is None:
             self.study.tell(number, state=TrialState.FAIL)
         else:
             self.study.tell(number, found)

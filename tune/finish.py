@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from mmsa_dist import launch, run_folder, train
-from mmsa_dist.errors import DataError
+from mmsa_dist import launch, run_folder, stopping, train
+from mmsa_dist.errors import DataError, TrainingError
 from mmsa_dist.follow import Follower
 from mmsa_dist.metrics import is_better
 from mmsa_dist.recipe import Recipe, read_recipe
@@ -32,14 +32,43 @@ def choose(best: Outcome, recipe: Recipe, folder: Path, trials: int) -> None:
     chosen = with_values(recipe, best.values, "best.yaml")
     note = f"# Best of {trials} trials of {folder.name} by validation {monitor}: {value_text(monitor, best.best)}\n"
     run_folder.write_text(folder / "best.yaml", note + yaml.safe_dump(chosen.dump(), sort_keys=False))
+    as_judged = {"status": best.status, "epochs": best.epochs}
+    run_folder.write_json(best.folder / TRIAL, run_folder.read_json(best.folder / TRIAL) | {"chosen": as_judged})
     run_folder.write_json(folder / CHOSEN, {"trial": best.number, "folder": best.folder.name})
 
 
 def chosen(folder: Path) -> Path | None:
-    """The folder of the trial that was the best, where the search is over."""
-    if not (folder / CHOSEN).is_file():
+    """The folder of the trial that was the best, where the search is over.
+
+    Raises:
+        DataError: what says so is damaged.
+    """
+    file = folder / CHOSEN
+    if not file.is_file():
         return None
-    return folder / "trials" / str(run_folder.read_json(folder / CHOSEN)["folder"])
+    try:
+        winner = folder / "trials" / str(run_folder.read_json(file)["folder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: is damaged ({error}); remove it, the sweep then chooses again") from error
+    if not (winner / TRIAL).is_file():
+        raise DataError(
+            f"{file}: names {winner.name}, which is not there; remove the file, the sweep then chooses again"
+        )
+    return winner
+
+
+def reopened(folder: Path) -> str:
+    """Takes the choice back, as more trials are asked for; what a person should know of that, '' if nothing."""
+    winner = chosen(folder)
+    for name in (CHOSEN, RESULT, "best.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    if winner is None or not (winner / "predictions" / "test.npz").is_file():
+        return ""
+    return f"{winner.name} was tested already; if another trial wins, the test split is read once more, by that one"
+
+
+class DivergedError(TrainingError):
+    """The winner failed when it was trained to its end; another trial may win."""
 
 
 def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: int) -> dict[str, Any]:
@@ -51,12 +80,15 @@ def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: in
 
     Returns:
         The content of the sweep's ``result.json``.
+
+    Raises:
+        DivergedError: the winner did not hold when it went on.
     """
     winner = chosen(folder)
     assert winner is not None
     trial = run_folder.read_json(winner / TRIAL)
     best = with_values(shared, {**trial["values"], "train.test": recipe.train.test}, "best.yaml")
-    runs = [winner, *_others(best, folder, seeds)]
+    runs = [winner, *_others(best, folder, seeds, trial["number"])]
     print(f"trial {trial['number']} is the best on validation; {_reads(recipe, len(runs))}", flush=True)
     _to_its_end(best, winner)
     _all_to_their_ends(runs[1:], best, folder, at_once)
@@ -93,27 +125,41 @@ def _reads(recipe: Recipe, runs: int) -> str:
 
 def _to_its_end(recipe: Recipe, winner: Path) -> None:
     """The winner from its last checkpoint on, with the test split at its end."""
-    if (winner / RESULT).is_file() and ("test" in run_folder.read_json(winner / RESULT) or not recipe.train.test):
+    if (winner / RESULT).is_file() and read_recipe(winner / "recipe.yaml").train.test == recipe.train.test:
         return
-    run_folder.write_text(winner / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     (winner / RESULT).unlink(missing_ok=True)  # it has no test result yet
     (winner / ERROR).unlink(missing_ok=True)
-    with Follower(winner, recipe.train.monitor):
-        launch.run(recipe, winner)
+    run_folder.write_text(winner / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
+    try:
+        with Follower(winner, recipe.train.monitor):
+            launch.run(recipe, winner)
+    except TrainingError as error:
+        train.shown_as_ended(recipe, winner, error)
+        trial = run_folder.read_json(winner / TRIAL)
+        run_folder.write_json(winner / ERROR, {"message": str(error), "exit_code": error.exit_code})
+        kept = {key: value for key, value in trial.items() if key not in ("chosen", "stopped", "recorded")}
+        run_folder.write_json(winner / TRIAL, kept)
+        raise DivergedError(f"trial {trial['number']} did not hold when it went on to its end: {error}") from error
+    except BaseException as error:
+        train.shown_as_ended(recipe, winner, error)
+        raise
+    if stopping.requested(winner):  # as it ended; what comes after is another run
+        raise KeyboardInterrupt
 
 
-def _others(recipe: Recipe, folder: Path, seeds: int) -> list[Path]:
-    """Folders of the runs with other seeds, made where there are none yet."""
+def _others(recipe: Recipe, folder: Path, seeds: int, winner: int) -> list[Path]:
+    """Folders of the runs of the trial `winner`'s recipe with other seeds, made where there are none yet."""
     index, _ = train.check(recipe)
     runs = []
     for number in range(1, seeds):
         seed = recipe.seed + number
-        there = sorted((folder / SEEDS).glob(f"seed-{seed}-*/{TRIAL}"))
+        name = f"trial-{winner:03d}-seed-{seed}"
+        there = sorted((folder / SEEDS).glob(f"{name}-*/{TRIAL}"))
         if there:
             runs.append(there[0].parent)
             continue
         own = recipe.model_copy(update={"seed": seed})
-        run = train.prepare(own, index, folder / SEEDS, f"seed-{seed}")
+        run = train.prepare(own, index, folder / SEEDS, name)
         run_folder.write_json(run / TRIAL, {"number": number, "values": {"seed": seed}})
         runs.append(run)
     return runs
@@ -136,6 +182,9 @@ def _all_to_their_ends(runs: Sequence[Path], recipe: Recipe, folder: Path, at_on
     for run in left:
         if not (run / RESULT).is_file():
             if not (run / ERROR).is_file():
+                for each in left:
+                    if not (each / RESULT).is_file():
+                        train.shown_as_ended(recipe, each, KeyboardInterrupt())
                 raise KeyboardInterrupt
             why = run_folder.read_json(run / ERROR)["message"]
             raise DataError(f"the best recipe with another seed failed, {run.name}: {why}")

@@ -1,7 +1,8 @@
 """What became of a trial, read from the folder it left: the sweep's memory is on disk, not in a process.
 
 ``trial.json`` is written when a trial is drawn, ``error.json`` where it failed; all else is an ordinary run folder.
-A trial that is stopped early may train a little on before its ranks end: only the epochs it was judged by count.
+A trial that is stopped early may train a little on before its ranks end, and the winner goes on to its end: only the
+epochs that they were judged by count.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import run_folder
+from mmsa_dist.errors import DataError
 from mmsa_dist.metrics import is_better
 
 TRIAL, ERROR, RESULT = "trial.json", "error.json", "result.json"
@@ -44,10 +46,27 @@ class Outcome:
 
 
 def read_outcome(folder: Path, monitor: str) -> Outcome:
-    """The outcome of the trial in `folder`, judged by the validation metric `monitor`."""
+    """The outcome of the trial in `folder`, judged by the validation metric `monitor`.
+
+    Raises:
+        DataError: what is written of it is damaged.
+    """
+    try:
+        return _read_outcome(folder, monitor)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder}: what is written of this trial is damaged ({TRIAL}, {ERROR} or {RESULT}: {error}); remove the "
+            "folder, the sweep goes on without it"
+        ) from error
+
+
+def _read_outcome(folder: Path, monitor: str) -> Outcome:
     trial = run_folder.read_json(folder / TRIAL)
     error = None
-    if (folder / RESULT).is_file():
+    chosen = trial.get("chosen")  # as the winner; what it does later is no part of the search
+    if chosen:
+        status = chosen["status"]
+    elif (folder / RESULT).is_file():
         status = DONE
     elif "stopped" in trial:  # what its processes say of being killed then is no failure
         status = STOPPED
@@ -55,7 +74,8 @@ def read_outcome(folder: Path, monitor: str) -> Outcome:
         status, error = FAILED, run_folder.read_json(folder / ERROR)["message"]
     else:
         status = INTERRUPTED
-    reached = best_so_far(folder, monitor, trial.get("stopped") if status == STOPPED else None)
+    until = chosen["epochs"] if chosen else trial.get("stopped") if status == STOPPED else None
+    reached = best_so_far(folder, monitor, until)
     return Outcome(
         folder=folder,
         number=trial["number"],

@@ -36,7 +36,9 @@ def record_trial(outcome: Outcome, monitor: str) -> bool:
     done = _opened(outcome.folder) and _write(outcome.folder, write)
     tracking.end_run(outcome.folder, STATUS[outcome.status])
     if done:
-        run_folder.write_json(outcome.folder / TRIAL, run_folder.read_json(outcome.folder / TRIAL) | {"recorded": True})
+        run_folder.write_json(
+            outcome.folder / TRIAL, run_folder.read_json(outcome.folder / TRIAL) | {"recorded": outcome.status}
+        )
     return done
 
 
@@ -45,10 +47,15 @@ def record_rest(outcomes: Iterable[Outcome], monitor: str) -> None:
     left = [
         outcome.folder.name
         for outcome in outcomes
-        if not run_folder.read_json(outcome.folder / TRIAL).get("recorded") and not record_trial(outcome, monitor)
+        if _recorded(outcome) != outcome.status and not record_trial(outcome, monitor)
     ]
     if left:
         print(f"warning: not wholly recorded in MLflow: {', '.join(left)}; --resume records them once it answers")
+
+
+def _recorded(outcome: Outcome) -> str | None:
+    """The status that a trial is known to MLflow with; one that was interrupted may have gone on since."""
+    return run_folder.read_json(outcome.folder / TRIAL).get("recorded")
 
 
 def _opened(folder: Path) -> bool:

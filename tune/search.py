@@ -65,6 +65,7 @@ def search(
         recipe: what all trials share; `recipe.seed` also seeds the drawing.
         before: the trials that there are, of the same sweep: those that have not ended go on.
     """
+    quiet()
     drawing = Drawing(space, recipe, folder / "trials", asked, before)
     scheduler = make_scheduler(asked, recipe.train.epochs, drawing.mode)
     replay(scheduler, before, recipe.train.monitor)

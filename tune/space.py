@@ -40,7 +40,7 @@ LISTED = ("choice", "value", "together")
 
 NOT_SEARCHED = (
     *("system", "launch.", "tracking.", "checkpoint.", "data.path", "data.readers", "data.eval_batch_size"),
-    *("train.epochs", "train.monitor", "train.test", "engine.zero"),
+    *("train.epochs", "train.monitor", "train.test", "train.profile", "train.dry_run", "engine.zero", "seed"),
 )
 """Keys that change no result, or by which trials are compared."""
 

@@ -59,6 +59,9 @@ class Median(_UntilTheLast, MedianStoppingRule):
         )
         self.epochs = epochs
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing: its last result was judged already, and a trial that failed before its first has none."""
+
 
 def make_scheduler(asked: Asked, epochs: int, mode: str) -> TrialScheduler:
     """
@@ -92,5 +95,8 @@ def replay(scheduler: TrialScheduler, before: Iterable[Outcome], monitor: str) -
             if is_better(monitor, valid.get(monitor), best):
                 best = valid[monitor]
             row = {EPOCH: epoch, OBJECTIVE: best}
-            if best is not None and scheduler.on_trial_result(None, trial, row) == TrialScheduler.STOP:
-                break
+            if best is None:
+                continue
+            decision = scheduler.on_trial_result(None, trial, row)
+            if decision == TrialScheduler.STOP and isinstance(scheduler, Median):
+                break  # it judges no trial again that it has stopped

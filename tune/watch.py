@@ -160,12 +160,14 @@ class Watch(Callback):
 
 
 def spare_disk(trials_dir: Path, monitor: str) -> None:
-    """Removes the checkpoints of all trials that ended, but the best one's: fifty of BERT's would need 100 GB."""
+    """Removes the checkpoints of all trials that ended, but the best one's: fifty of BERT's would need 100 GB. One that
+    was the winner before more trials were asked for keeps its best weights: it was tested, and may be registered."""
     outcomes = read_outcomes(trials_dir, monitor)
     best = winner(outcomes, monitor)
     for outcome in outcomes:
         if outcome.status in (DONE, STOPPED, FAILED) and outcome != best:
-            for part in ("checkpoints", "best", "ray"):
+            tested = (outcome.folder / "predictions" / "test.npz").is_file()
+            for part in ("checkpoints", "ray") if tested else ("checkpoints", "best", "ray"):
                 shutil.rmtree(outcome.folder / part, ignore_errors=True)
 
 

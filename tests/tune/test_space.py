@@ -166,7 +166,7 @@ def test_one_of_each_kind_is_drawn_from_its_range_and_decoded(tmp_path: Path) ->
           data.batch_size: {choice: [16, 32], source: s}
           model.audio_layers: {randint: [1, 3], source: s}
           data.normalize: {choice: [[], [audio], [audio, vision]], source: s}
-          seed: {value: 7, source: s}
+          train.patience: {value: 7, source: s}
         """,
     )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -178,9 +178,9 @@ def test_one_of_each_kind_is_drawn_from_its_range_and_decoded(tmp_path: Path) ->
     assert {values["data.batch_size"] for values in drawn} == {16, 32}
     assert {values["model.audio_layers"] for values in drawn} == {1, 2, 3}
     assert {values["data.normalize"] for values in drawn} == {(), ("audio",), ("audio", "vision")}
-    assert all(0.5 <= values["optim.clip"] <= 2 and values["seed"] == 7 for values in drawn)
+    assert all(0.5 <= values["optim.clip"] <= 2 and values["train.patience"] == 7 for values in drawn)
     recipe = with_values(load_recipe("self_mm", None, []), drawn[0])
-    assert recipe.optim.lr.vision == rates[0] and recipe.seed == 7
+    assert recipe.optim.lr.vision == rates[0] and recipe.train.patience == 7
 
 
 def test_the_recipes_own_values_are_a_point_of_the_space_when_all_lie_inside(tmp_path: Path) -> None:

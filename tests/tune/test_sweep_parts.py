@@ -20,12 +20,12 @@ from shards.index import Index
 from tests.mmsa_dist.conftest import free_port, tracking_server
 from tests.tune.sweeps import searched, tiny
 from tune.asked import SEARCHES, Asked
+from tune.course import for_trials
 from tune.draw import Drawing, grid, levels
 from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, read_outcome, read_outcomes, winner
 from tune.record import record_rest
 from tune.search import concurrency
 from tune.stopping import Asha, Median, Past, make_scheduler, replay
-from tune.sweep import _for_trials
 from tune.table import trials_table, write_csv
 from tune.trial import EPOCH, OBJECTIVE, run_trial
 from tune.watch import spare_disk
@@ -43,14 +43,14 @@ def test_a_trial_trains_where_the_test_shards_do_not_exist(data: Path, tmp_path:
         if shard.split == "test":
             (without / shard.url).unlink()
             (without / shard.table).unlink()
-    recipe = _for_trials(tiny(without, launch={"launcher": "local"}), tmp_path)
+    recipe = for_trials(tiny(without, launch={"launcher": "local"}), tmp_path)
     folder = train.prepare(recipe, index, tmp_path / "runs", "trial")
     result = launch.run(recipe, folder)
     assert "valid" in result and "test" not in result
 
 
 def test_no_trial_reads_the_test_split_whatever_the_recipe_says(tmp_path: Path) -> None:
-    assert not _for_trials(tiny(tmp_path, train={"test": True}), tmp_path).train.test
+    assert not for_trials(tiny(tmp_path, train={"test": True}), tmp_path).train.test
 
 
 # --- how many at once -------------------------------------------------------------------------------------------------
@@ -182,6 +182,21 @@ def test_what_was_begun_goes_on_and_what_was_done_is_known(data: Path, tmp_path:
     assert space.decoded(drawing.study.best_params) == before[3].values
 
 
+def test_a_trial_that_failed_after_good_epochs_draws_nobody_near(data: Path, tmp_path: Path) -> None:
+    drawing = Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked())
+    config = drawing.suggest("a")
+    assert isinstance(config, dict)
+    folder = Path(config["folder"])
+    events = run_folder.Events(folder, 0)
+    events.write("epoch", epoch=1, valid={"mae": 0.01})
+    events.close()
+    run_folder.write_json(folder / "error.json", {"message": "the loss is not finite", "exit_code": 4})
+    drawing.on_trial_complete("a", {})
+    again = Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked(), read_outcomes(folder.parent, "mae"))
+    for study in (drawing.study, again.study):
+        assert [trial.state.name for trial in study.trials] == ["FAIL"]
+
+
 def test_values_that_make_no_recipe_fail_when_the_sweep_goes_on_too(data: Path, tmp_path: Path) -> None:
     space = searched(tmp_path, "a: {optim.accumulation: {choice: [40], source: s}}")
     for _ in range(2):
@@ -250,6 +265,7 @@ def decisions(scheduler: TrialScheduler, objectives: Sequence[float], epochs: in
             decision = scheduler.on_trial_result(None, trial, {EPOCH: epoch, OBJECTIVE: objective})  # type: ignore[arg-type]
             if decision == TrialScheduler.STOP:
                 break
+        scheduler.on_trial_complete(None, trial, {"done": True})  # type: ignore[arg-type]
         yield f"{decision} {epoch}"
 
 
