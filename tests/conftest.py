@@ -30,6 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 LONGEST = (
     "test_faults",
     "test_sweep",
+    "test_sweep_resume",
     "test_reproduce",
     "test_laws",
     "test_submit",
