@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("mmsa_dist.cli:train", "train a system, test it once, register it"),
     "labels": ("mmsa_dist.labels:main", "show the unimodal labels that a run has generated"),
     "predict": ("mmsa_dist.predict:main", "predict with a registered model or a run"),
+    "robustness": (
+        "mmsa_dist.robustness.command:main",
+        "show what a model answers where a modality is missing",
+    ),
     "export": ("mmsa_dist.export:main", "write a trained system as a folder that loads without DeepSpeed or Ray"),
     "models": ("mmsa_dist.registered.listing:main", "list the registered models, or the versions of one"),
     "compare": ("mmsa_dist.registered.compare:main", "show how two models differ, and how sure that is"),

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     from mmsa_dist.tracking.fetch import fetched
 
     with fetched(options.model, options.tracking_uri, options.runs_dir) as folder:
-        predictor = Predictor.load(folder, _device(options.device))
+        predictor = Predictor.load(folder, device_of(options.device))
     check_fits(predictor, data)
     columns = [*map(label_name, predictor.card.judged), *map(prediction_name, predictor.tasks)]
     with Writer(options.out, columns) as writer:
@@ -242,7 +242,12 @@ def _splits(data: Input, wanted: str | None) -> list[str]:
     return [wanted]
 
 
-def _device(asked: str) -> str:
+def device_of(asked: str) -> str:
+    """The device that is asked for.
+
+    Raises:
+        ConfigError: there is none.
+    """
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
