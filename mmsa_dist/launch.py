@@ -144,14 +144,16 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
     """Until all ranks ended well, or one did not and its peers are gone too."""
     while True:
         codes = [process.poll() for process in processes]
-        bad = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0)]
-        if bad:
-            rank, code = bad[0]
+        if any(codes):
+            # of several at a look the one that a signal ended was first: it is what its peers ended of, who may have
+            # been looked at after it
+            ended = [(rank, code) for rank, process in enumerate(processes) if (code := process.poll())]
+            rank, code = min(ended, key=lambda each: each[1] > 0)
             for late, process in enumerate(processes):
                 if process.poll() is None and _is_stopped(process.pid):
                     say(f"rank {late} (process {process.pid}) is stopped by a signal, and answers nobody")
             _let_finish(processes, folder)
-            if code is not None and code < 0:
+            if code < 0:
                 return f"rank {rank} was ended by {signal.Signals(-code).name}"
             return f"rank {rank} ended with exit code {code}"
         if all(code == 0 for code in codes):

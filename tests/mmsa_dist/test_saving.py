@@ -108,3 +108,14 @@ def test_the_launcher_lets_a_rank_finish(sign: str, run: Path) -> None:
     assert launch._wait(processes, run) == "rank 0 ended with exit code 1"
     assert (run / "whole").is_dir() and time.monotonic() - began < 60
     assert [process.wait() for process in processes] == [1, 1, -9]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_of_ranks_that_are_gone_at_one_look_the_killed_one_is_named(killed: int, run: Path) -> None:
+    """Its peers end of it with an error of theirs; a driver that is held up sees all of them at once."""
+    ends = ["import sys; sys.exit(1)"] * 2
+    ends[killed] = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    processes = [subprocess.Popen([sys.executable, "-c", end]) for end in ends]
+    for process in processes:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert launch._wait(processes, run) == f"rank {killed} was ended by SIGKILL"
