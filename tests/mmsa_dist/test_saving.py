@@ -88,6 +88,8 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 does, path = sys.argv[2:]
 if does == "fail":
+    while not (list(folder.glob("checkpoints/.partial-*")) and (folder / path).exists()):  # its peers are at it
+        time.sleep(0.02)
     sys.exit(1)
 path = folder / path.replace("PID", str(os.getpid()))
 path.mkdir(parents=True)
@@ -102,7 +104,7 @@ time.sleep(600)
 @pytest.mark.parametrize("sign", [".partial-step-00000007-PID", ".partial-held-PID"])
 def test_the_launcher_lets_a_rank_finish(sign: str, run: Path) -> None:
     """One that writes a checkpoint, or has something to finish of one; the silent one is ended meanwhile."""
-    ranks = [("fail", ""), ("finish", f"checkpoints/{sign}"), ("be silent", "other")]
+    ranks = [("fail", "other"), ("finish", f"checkpoints/{sign}"), ("be silent", "other")]
     processes = [subprocess.Popen([sys.executable, "-c", RANK, str(run), *words]) for words in ranks]
     began = time.monotonic()
     assert launch._wait(processes, run) == "rank 0 ended with exit code 1"
