@@ -99,10 +99,11 @@ def _asked(options: argparse.Namespace, space: Space, recipe: Recipe, index: Any
     wanted = tuple(options.objectives or (monitor,))
     objectives.check(wanted, monitor, metrics.names(kind_of(index)))
     trials = options.trials
-    if trials is None and options.search == "grid":
+    if options.search == "grid":
         from tune.draw import first_points
 
-        trials = len(first_points(space, recipe, grid_too=True))
+        whole = len(first_points(space, recipe, grid_too=True))
+        trials = whole if trials is None else min(trials, whole)
     return Asked(
         trials=TRIALS if trials is None else trials,
         search=options.search or SEARCH,

@@ -1,5 +1,6 @@
 """The parts of a sweep, without a cluster."""
 
+import argparse
 import csv
 import shutil
 import uuid
@@ -26,6 +27,7 @@ from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, read_outcome, read_
 from tune.record import record_rest
 from tune.search import concurrency
 from tune.stopping import Asha, Median, Past, make_scheduler, replay
+from tune.sweep import _asked
 from tune.table import trials_table, write_csv
 from tune.trial import EPOCH, OBJECTIVE, run_trial
 from tune.watch import spare_disk
@@ -133,6 +135,14 @@ def test_a_grid_tries_every_combination_once(data: Path, tmp_path: Path) -> None
         assert "folder" in config  # type: ignore[operator]
     seen = [tuple(outcome.values.values()) for outcome in read_outcomes(tmp_path / "trials", "mae")]
     assert len(seen) == len(set(seen)) == 8
+
+
+@pytest.mark.parametrize(("given", "trials"), [(None, 8), (3, 3), (100, 8)])
+def test_a_grid_has_as_many_trials_as_combinations(given: int | None, trials: int, data: Path, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        trials=given, search="grid", stopping=None, grace=None, max_concurrent=None, objectives=None, seeds=None
+    )
+    assert _asked(options, searched(tmp_path), tiny(data), Index.load(data), set()).trials == trials
 
 
 def test_a_grid_of_ranges_has_their_ends_and_middles(tmp_path: Path) -> None:
