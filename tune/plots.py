@@ -86,6 +86,8 @@ def _png(
         paths = []
         for file, axes in drawn:
             figure = axes.figure if hasattr(axes, "figure") else axes.flat[0].figure
+            if file == "parallel.png":
+                figure.set_size_inches(4 + 2 * len(space.knobs), 5)  # else its axes run into one another
             figure.savefig(folder / file, dpi=120, bbox_inches="tight")
             pyplot.close(figure)
             paths.append(folder / file)
