@@ -22,9 +22,10 @@ os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
 settings.register_profile("house", deadline=None)  # a busy machine is not a slow program
 settings.load_profile("house")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # as under nohup and in a shell's background: the commands that tests interrupt would inherit it and hear nothing
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        # as in a shell's background and under nohup: commands that tests signal would inherit it and hear nothing
+        signal.signal(number, usual)
 
 
 LONGEST = (
