@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmsa_dist import places, train
+from mmsa_dist import train
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.recipe import Recipe
 from shards.progress import console
@@ -144,13 +144,9 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 def connected(recipe: Recipe, asked: Asked) -> int:
     """Joins or starts the cluster; gives how many trials fit into it at once."""
-    import ray
+    from tune.search import concurrency, joined
 
-    from tune.search import concurrency
-
-    places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
-    free = ray.available_resources()
-    cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+    cpus, gpus = joined(recipe)
     fits = concurrency(recipe.launch, cpus, gpus)
     if asked.max_concurrent is not None and fits < asked.max_concurrent:
         print(f"--max-concurrent {asked.max_concurrent} is lowered to {fits}: {cpus:g} CPUs and {gpus:g} GPUs are free")

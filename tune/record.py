@@ -1,13 +1,14 @@
 """A sweep in MLflow: trials are child runs of the sweep's run. A failure here is a warning: the folders hold it all."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder, tracking
 from mmsa_dist.errors import MmsaError
-from mmsa_dist.recipe import read_recipe
+from mmsa_dist.recipe import Recipe, read_recipe
 from mmsa_dist.tracking import Link, store
 from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, TRIAL, Outcome
 
@@ -33,7 +34,7 @@ def record_trial(outcome: Outcome, monitor: str) -> bool:
         if outcome.error is not None:
             client.set_tag(run_id, "sweep.error", outcome.error[:1000])
 
-    done = _opened(outcome.folder) and _write(outcome.folder, write)
+    done = _opened(outcome.folder) and written(outcome.folder, write)
     tracking.end_run(outcome.folder, STATUS[outcome.status])
     if done:
         run_folder.write_json(
@@ -70,6 +71,16 @@ def _opened(folder: Path) -> bool:
     return True
 
 
+def store_of(recipe: Recipe, runs_dir: Path) -> str | None:
+    """The MLflow store spelt out, for runs whose folders lie deeper than others'.
+
+    None where it is off, or comes from the environment: that may hold a password, which no recipe may.
+    """
+    if not recipe.tracking.enabled or (recipe.tracking.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
+        return None
+    return store.store_uri(recipe.tracking.uri, runs_dir)
+
+
 FILES = ("best.yaml", "trials.csv", "space.yaml", "sweep.json", "result.json")
 
 
@@ -93,11 +104,11 @@ def record_sweep(folder: Path, monitor: str, result: dict[str, Any]) -> None:
         for picture in sorted((folder / "pictures").glob("*")):
             client.log_artifact(run_id, str(picture), "pictures")
 
-    _write(folder, write)
+    written(folder, write)
     tracking.end_run(folder, "FINISHED")
 
 
-def _write(folder: Path, write: "Callable[[MlflowClient, str], None]") -> bool:
+def written(folder: Path, write: "Callable[[MlflowClient, str], None]") -> bool:
     """Calls `write` with the MLflow run of `folder` where it has one; what fails is a warning, and told."""
     link = Link.load(folder)
     if link is None:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import optuna
+import ray
 from ray import tune as ray_tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from mmsa_dist import places
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe
@@ -34,6 +36,13 @@ request; a CPU, Ray's default, would leave none to the ranks and stop the sweep 
 STATE = "tune"
 """Begins the name of the folder that Ray Tune keeps its own state in, of no use once it has ended: what a sweep goes on
 from is in the folders of its trials."""
+
+
+def joined(recipe: Recipe) -> tuple[float, float]:
+    """Joins or starts the recipe's cluster; gives its free CPUs and GPUs."""
+    places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
+    free = ray.available_resources()
+    return free.get("CPU", 0.0), free.get("GPU", 0.0)
 
 
 def concurrency(launch: LaunchConfig, free_cpus: float, free_gpus: float) -> int:

@@ -5,7 +5,6 @@ seeds, once by each).
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -177,15 +176,12 @@ def _idle(key: str, recipe: Recipe, index: AnyIndex) -> str:
 
 
 def _stored_in(recipe: Recipe, runs_dir: Path) -> Recipe:
-    """`recipe` with its MLflow store spelt out: a trial's folder lies deeper than a run's.
+    """`recipe` with its MLflow store spelt out, where it may stand in one."""
+    from tune.record import store_of
 
-    A store from the environment stays there: it may hold a password, which no recipe may.
-    """
-    if not recipe.tracking.enabled or (recipe.tracking.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
+    uri = store_of(recipe, runs_dir)
+    if uri is None:
         return recipe
-    from mmsa_dist.tracking import store
-
-    uri = store.store_uri(recipe.tracking.uri, runs_dir)
     return recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": uri})})
 
 

@@ -83,7 +83,7 @@ def interval(a: Predictions, b: Predictions, kind: str, seed: int = 0) -> Interv
     if not np.array_equal(a.y[ours], b.y[theirs]):
         return "the same samples have other labels in the two data sets"
     apart = _errors(b.y[theirs], b.p[theirs], kind) - _errors(a.y[ours], a.p[ours], kind)
-    means = _resampled(apart, seed)
+    means = resampled(apart, seed)
     low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return Interval(float(apart.mean()), float(low), float(high), len(apart))
 
@@ -95,12 +95,12 @@ def _errors(y: NDArray[np.float32], p: NDArray[np.float32], kind: str) -> NDArra
     return np.abs(p.astype(np.float64) - y)
 
 
-def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def resampled(values: NDArray[np.float64], seed: int, resamples: int = RESAMPLES) -> NDArray[np.float64]:
     """(R,) means of N of the (N,) values, drawn with replacement."""
     rng, n = np.random.default_rng(seed), len(values)
     rows = max(1, AT_ONCE // n)
     parts = [
-        values[rng.integers(0, n, (min(rows, RESAMPLES - begin), n))].mean(axis=1)
-        for begin in range(0, RESAMPLES, rows)
+        values[rng.integers(0, n, (min(rows, resamples - begin), n))].mean(axis=1)
+        for begin in range(0, resamples, rows)
     ]
     return np.concatenate(parts)

@@ -63,7 +63,7 @@ def test_the_bootstrap_is_the_same_every_time_and_turns_with_its_sign(difference
 def test_the_bootstrap_does_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     differences = np.random.default_rng(0).normal(0.1, 1, 50)
     whole = over_samples(differences, 500)
-    monkeypatch.setattr("tune.papers.compared.CHUNK", 64)
+    monkeypatch.setattr("mmsa_dist.registered.paired.AT_ONCE", 64)
     assert over_samples(differences, 500) == whole
 
 

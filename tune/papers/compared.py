@@ -9,17 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mmsa_dist.registered.paired import RESAMPLES, resampled
+
 Floats = npt.NDArray[np.float64]
 
-RESAMPLES = 10_000
 SEED = 20_240_601
 """Of the resampling: the same runs give the same interval."""
 
 FEWEST = 3
 """Seeds that a test over them needs."""
-
-CHUNK = 2_000_000
-"""Numbers that are drawn at a time: 16 MB, whatever the size of the test split."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,7 @@ def over_samples(differences: Floats, resamples: int = RESAMPLES, seed: int = SE
     Args:
         differences: (N,) error of the one system less that of the other, of the same sample.
     """
-    count = len(differences)
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    step = max(1, CHUNK // count)
-    for begin in range(0, resamples, step):
-        end = min(resamples, begin + step)
-        means[begin:end] = differences[rng.integers(count, size=(end - begin, count))].mean(axis=1)
+    count, means = len(differences), resampled(differences, seed, resamples)
     low, high = np.percentile(means, [2.5, 97.5])
     tail = min((means <= 0).sum(), (means >= 0).sum())
     # one more in each: that of the samples themselves, so that no p is zero

@@ -4,34 +4,28 @@ A failure here is a warning: the folders hold it all.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from mmsa_dist import run_folder, session, tracking
 from mmsa_dist.errors import MmsaError, TransientError
 from mmsa_dist.recipe import Recipe
-from mmsa_dist.tracking import Link, store
+from mmsa_dist.tracking import Link
 from shards.mix import AnyIndex
 from shards.progress import remarks
 from tune.papers.measured import Measured
 from tune.papers.pictures import slug
 from tune.papers.runs import KEY, Run
+from tune.record import written
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
-
-
-def store_of(recipe: Recipe, runs_dir: Path) -> str | None:
-    """The MLflow store spelt out: a run's folder lies deeper here than elsewhere.
-
-    None where it is off, or comes from the environment: that may hold a password, which no recipe may.
-    """
-    if not recipe.tracking.enabled or (recipe.tracking.uri is None and os.environ.get("MLFLOW_TRACKING_URI")):
-        return None
-    return store.store_uri(recipe.tracking.uri, runs_dir)
 
 
 def open_reproduction(folder: Path, recipe: Recipe, index: AnyIndex) -> str | None:
@@ -71,22 +65,18 @@ def record_reproduction(
     folder: Path, measured: Iterable[Measured], files: Iterable[Path], pictures: Iterable[Path]
 ) -> bool:
     """Closes the reproduction's run: what each row reached, the table and the pictures. False where that failed."""
-    link = Link.load(folder)
-    if link is None:
-        return True
-    try:
-        client = store.connect(link.uri)
-        with store.said(link.uri):
-            for each in measured:
-                for metric in next(iter(each.tests.values()), {}):
-                    if (mean := each.mean(metric)) is not None:
-                        client.log_metric(link.run_id, f"{slug(each.name).replace('+', ' ')}/test_{metric}", mean)
-            for file in files:
-                client.log_artifact(link.run_id, str(file))
-            for picture in pictures:
-                client.log_artifact(link.run_id, str(picture), "pictures")
-    except MmsaError as error:
-        log.warning("%s is not wholly recorded in MLflow: %s", folder.name, error)
+
+    def write(client: "MlflowClient", run_id: str) -> None:
+        for each in measured:
+            for metric in next(iter(each.tests.values()), {}):
+                if (mean := each.mean(metric)) is not None:
+                    client.log_metric(run_id, f"{slug(each.name).replace('+', ' ')}/test_{metric}", mean)
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        for picture in pictures:
+            client.log_artifact(run_id, str(picture), "pictures")
+
+    if not written(folder, write):
         return False
     tracking.end_run(folder, "FINISHED")
     return True

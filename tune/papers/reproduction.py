@@ -91,8 +91,9 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     """
     at_once = min(_connected(planned.launch), most or len(left), len(left))
     print(f"{counted(len(left), 'run')} left, {at_once} at a time", flush=True)
-    from tune.papers.recorded import as_child, open_reproduction, store_of
+    from tune.papers.recorded import as_child, open_reproduction
     from tune.papers.spread import spread
+    from tune.record import store_of
 
     recipe, uri = planned.launch, store_of(planned.launch, planned.asked.runs_dir)
     recipe = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"uri": uri})})
@@ -114,13 +115,9 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
 
 def _connected(recipe: Recipe) -> int:
     """Joins or starts the cluster; gives how many runs fit into it at once."""
-    import ray
+    from tune.search import concurrency, joined
 
-    from tune.search import concurrency
-
-    places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed runs, mostly
-    free = ray.available_resources()
-    return concurrency(recipe.launch, free.get("CPU", 0.0), free.get("GPU", 0.0))
+    return concurrency(recipe.launch, *joined(recipe))
 
 
 def _close(run: Run) -> None:
