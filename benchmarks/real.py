@@ -3,19 +3,21 @@
 FOLDER holds ``utterances.csv`` and ``features.npz`` (docs/your-data.md). Two splits are packed: the official one with
 text and audio (its vision features leak the test labels, so vision is absent), and Poria's with text, audio and vision,
 ten training videos held out as validation. Every system is trained with every seed through the whole path (Ray, two
-workers, ZeRO-1), selected on validation; the test split is read once a run. What is finished already is not run again,
-and what was recorded of other systems stays.
+workers, ZeRO-1), selected on validation; the test split is read once a run. Of the labels that a generator made it is
+kept how far they are from the multimodal ones. What is finished already is not run again, and what was recorded of
+other systems stays.
 """
 
 import argparse
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import MINILM, record
-from mmsa_dist import run_folder
+from mmsa_dist import labels, labels_shown, run_folder
 from mmsa_dist.recipe import differences, load_recipe, read_recipe
 from mmsa_dist.session import open_index, settled
 
@@ -85,7 +87,7 @@ def results(
     """Test and validation metrics of one system over the seeds."""
     recipe = RECIPES / f"{system}.yaml"
     words = ["--data", str(shards), "--workers", "2", "--text.encoder", encoder, "--register", "none", *overrides]
-    found = []
+    found, made = [], []
     for seed in seeds:
         chosen = [*words, "--seed", str(seed)]
         folder = finished(system, recipe, chosen, runs)
@@ -95,6 +97,7 @@ def results(
             folder = finished(system, recipe, chosen, runs)
         assert folder is not None, "a run that ended well has a result"
         found.append(run_folder.read_json(folder / "result.json"))
+        made.append(generated(folder))
     command = (
         f"mmsa-dist train {system} --recipe {recipe} --data {record.portable(str(shards))} --workers 2 "
         f"--text.encoder {encoder} --seed S"
@@ -107,7 +110,17 @@ def results(
         "valid": [result["valid"] for result in found],
         "best_epoch": [result["best_epoch"] for result in found],
         "fingerprint": found[0]["fingerprint"],
+        **({"generated": made} if any(made) else {}),
     }
+
+
+def generated(folder: Path) -> list[dict[str, Any]]:
+    """`labels_shown.Change` of each modality after the last epoch of a run; empty where it generates no labels."""
+    saved = labels.recipe_of(folder)
+    if saved.label_generator in ("none", "multimodal"):
+        return []
+    made = labels.beside_truth(labels.generated(folder, saved), saved)
+    return [asdict(change) for change in labels_shown.changes(made)]
 
 
 def finished(system: str, recipe: Path, words: list[str], runs: Path) -> Path | None:

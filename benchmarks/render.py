@@ -118,8 +118,10 @@ def real(content: dict[str, Any]) -> str:
             if run.get("valid")
         )
         note = " ".join(filter(None, [NOTES.get(split["name"], ""), f"Validation MAE: {valid}." if valid else ""]))
+        made = generated(split["runs"])
         parts.append(
             f"**{split['title']}**\n\n{table(['', *(METRICS[m][0] for m in shown)], rows)}\n\n{note}\n\n"
+            f"{made}"
             f"<details><summary>commands, one a seed</summary>\n\n```\n{commands}\n```\n\n</details>"
         )
     parts.append(
@@ -127,6 +129,25 @@ def real(content: dict[str, Any]) -> str:
         f"Rows in italics are reference points on the same files, not runs of this project. {provenance(content)}"
     )
     return "\n\n".join(parts)
+
+
+def generated(runs: list[dict[str, Any]]) -> str:
+    """How the labels that were generated for each modality differ from the multimodal ones, over all seeds; empty
+    where no system generated any."""
+    rows = []
+    for run in runs:
+        for changes in zip(*run.get("generated", []), strict=True):  # of one modality, a seed each
+            samples = sum(change["samples"] for change in changes)
+            if samples:
+                moved, turned = (sum(change[name] for change in changes) / samples for name in ("moved", "turned"))
+                far = (change["distance"] * change["samples"] for change in changes if change["samples"])
+                distance = sum(far) / samples
+                rows.append([run["system"], changes[0]["modality"], f"{moved:.1%}", f"{turned:.1%}", f"{distance:.3f}"])
+    if not rows:
+        return ""
+    head = ["generated labels", "of", "further than 0.3 from y_m", "other sign", "mean distance"]
+    title = "<details><summary>labels generated for the training samples</summary>"
+    return f"{title}\n\n{table(head, rows)}\n\n</details>\n\n"
 
 
 def measured_at(run: dict[str, Any]) -> str:

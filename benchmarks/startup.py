@@ -1,7 +1,9 @@
 """Seconds until something happens: `mmsa-dist --help`, and `mmsa-dist train` until its first optimizer step.
 
 Each figure is the median over repeats after one warm-up (files in the page cache, MLflow's database made). The first
-step's time comes from the run folder, where rank 0 notes it; the start is when the command is started.
+step's time comes from the run folder, where rank 0 notes it; the start is when the command is started. Machines start
+processes at speeds that differ by three, so a bare program of the same libraries (`benchmarks.bare`) runs in turn with
+ours: what it takes nobody who uses them can do without.
 """
 
 import argparse
@@ -20,6 +22,7 @@ COMMAND = [sys.executable, "-m", "mmsa_dist"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LAUNCHERS = {"ray": ("Ray Train", 20.0), "local": ("the local launcher", 6.0)}
 """Name for a person, and within how many seconds the first step is wanted."""
+BESIDES = {"ray": " and Ray Train", "local": ""}
 SAMPLES = 300
 """Size of the data set; the time to the first step does not depend on it."""
 
@@ -47,16 +50,31 @@ def main() -> None:
         pack = ["pack", "generated", "--like", "mosi", "--samples", str(SAMPLES), "--out", str(data)]
         subprocess.run([*COMMAND, *pack], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         for launcher, (name, bound) in LAUNCHERS.items():
-            times = [first_step_seconds(launcher, options.workers, data) for _ in range(1 + options.repeats)][1:]
-            raw[launcher] = times
+            both = [
+                (first_step_seconds(launcher, options.workers, data), bare_seconds(launcher, options.workers, data))
+                for _ in range(1 + options.repeats)
+            ][1:]
+            times, bare = ([pair[nth] for pair in both] for nth in range(2))
+            raw |= {launcher: times, f"{launcher}, bare": bare}
+            how = f"median of {len(times)} after 1"
             rows.append(
                 Row(
                     what=f"`mmsa-dist train` to the first step, {options.workers} ranks under {name}",
                     value=statistics.median(times),
                     unit="s",
                     wanted=f"<= {bound:.0f} s",
-                    how=f"median of {len(times)} after 1",
+                    how=how,
                     met=statistics.median(times) <= bound,
+                )
+            )
+            longer = statistics.median(ours - least for ours, least in both)
+            rows.append(
+                Row(
+                    what=f"the same beside a bare program of torch, DeepSpeed{BESIDES[launcher]}",
+                    value=statistics.median(ours / least for ours, least in both),
+                    unit="x",
+                    how=f"{how}, in turn: {statistics.median(bare):.1f} s; ours {longer:.1f} s longer",
+                    headline=True,
                 )
             )
     for row in rows:
@@ -92,6 +110,17 @@ def first_step_seconds(launcher: str, workers: int, data: Path) -> float:
         if event["event"] == "first_step":
             return float(event["time"]) - began
     raise SystemExit(f"error: {run} notes no first step")
+
+
+def bare_seconds(launcher: str, workers: int, data: Path) -> float:
+    """The same of the bare program."""
+    told = data.parent / "bare"
+    began = time.time()
+    command = [sys.executable, "-m", "benchmarks.bare", launcher, str(workers), str(told)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return float(told.read_text()) - began
 
 
 if __name__ == "__main__":

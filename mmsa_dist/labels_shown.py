@@ -6,6 +6,7 @@ Shapes: N training samples.
 import csv
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,32 @@ def case_table(labels: "Labels", rows: NDArray[np.int64], said: list[str], title
     return table
 
 
+@dataclass(frozen=True)
+class Change:
+    """How the labels of one modality differ from y_m.
+
+    Attributes:
+        samples: that have the modality and whose y_m is known.
+        moved: of these, further from y_m than `MOVED`. turned: with the other sign.
+        distance: mean |y_s - y_m|; None of no sample.
+    """
+
+    modality: str
+    samples: int
+    moved: int
+    turned: int
+    distance: float | None
+
+
+def changes(labels: "Labels") -> Iterator[Change]:
+    """Of each modality that has labels."""
+    bound = MOVED * labels.half_range
+    for task, moved, changed in zip(labels.labels, np.abs(moves(labels)), turned(labels), strict=True):
+        known = np.isfinite(moved)
+        distance = float(moved[known].mean()) if known.any() else None
+        yield Change(_modality(task), int(known.sum()), int((moved > bound).sum()), int(changed.sum()), distance)
+
+
 def summary(labels: "Labels") -> "RenderableType":
     """A modality a row: how many labels moved away from y_m, how many changed sign, and the mean distance."""
     from rich.table import Table
@@ -102,11 +129,10 @@ def summary(labels: "Labels") -> "RenderableType":
         return table
     bound = MOVED * labels.half_range
     table = Table("modality", "samples", f"moved by more than {bound:g}", "changed sign", "mean |y_s - y_m|")
-    for task, moved, changed in zip(labels.labels, np.abs(moves(labels)), turned(labels), strict=True):
-        known = np.isfinite(moved)
-        n = int(known.sum())
-        mean = f"{moved[known].mean():.4f}" if n else "-"
-        table.add_row(_modality(task), f"{n:,}", _share((moved > bound).sum(), n), _share(changed.sum(), n), mean)
+    for change in changes(labels):
+        n = change.samples
+        mean = "-" if change.distance is None else f"{change.distance:.4f}"
+        table.add_row(change.modality, f"{n:,}", _share(change.moved, n), _share(change.turned, n), mean)
     return table
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from benchmarks.data.report import report
 from benchmarks.data.sets import FORMATS, Resident, write_bytes, written
 from benchmarks.packing import written_by
 from benchmarks.record import Row, Table, portable, record
+from mmsa_dist.labels_shown import Change
 from mmsa_dist.recipe import load_recipe
 from mmsa_dist.session import settled
 from shards.index import Index
@@ -118,6 +120,24 @@ def test_results_are_mean_and_deviation_over_seeds_beside_reference_points(resul
     assert "| **self_mm** (2 seeds) | 0.750 ± 0.071 | 0.800 | 81.0 ± 1.4% |" in text
     assert "| *TF-IDF + linear model, text* | 1.191 | 0.516 | 68.7% |" in text
     assert "selected on validation" in text and "mmsa-dist train self_mm" in text
+    assert "labels generated" not in text
+
+
+def test_generated_labels_are_counted_over_seeds(results: Path) -> None:
+    def change(modality: str, samples: int, moved: int, turned: int, distance: float | None) -> dict[str, Any]:
+        return asdict(Change(modality, samples, moved, turned, distance))
+
+    made = [
+        [change("text", 100, 10, 1, 0.25), change("vision", 0, 0, 0, None)],
+        [change("text", 300, 50, 2, 0.05), change("vision", 0, 0, 0, None)],
+    ]
+    run = {"system": "self_mm", "command": "x", "seeds": [1, 2], "test": [{"mae": 0.7}] * 2, "generated": made}
+    split = {"name": "official", "title": "MOSI, official split", "runs": [run]}
+    (results / "real.json").write_text(json.dumps({"name": "real", **environment(), "splits": [split]}))
+    text = render.sections(render.load())["real"]
+    # by hand: 60 of 400, 3 of 400, (100 * 0.25 + 300 * 0.05) / 400
+    assert "| self_mm | text | 15.0% | 0.8% | 0.100 |" in text
+    assert "vision" not in text.partition("labels generated")[2].partition("</details>")[0]
 
 
 @pytest.mark.parametrize("page", ["", PAGE.replace("<!-- real:end -->", ""), PAGE + "<!-- real:begin -->"])

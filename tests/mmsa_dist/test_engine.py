@@ -83,6 +83,25 @@ def test_follows_plain_torch(ranks: Callable[..., Any], world: int, stage: int) 
         assert losses == pytest.approx(expected, abs=1e-5)
 
 
+def steps_at_once(stage: int, name: str) -> list[bool]:
+    """Of each group of the optimizer that DeepSpeed steps with, whether it is torch's fused one."""
+    from mmsa_dist.engine import Engine
+
+    optim = OPTIM.model_copy(update={"name": name})
+    engine = Engine(Toy(ToyConfig(), SPEC), optim, EngineConfig(zero=stage), micro_batch=6, total_steps=1)  # type: ignore[arg-type]
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    found = [isinstance(inner, torch.optim.Adam) and bool(group["fused"]) for group in inner.param_groups]
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_is_fused(ranks: Callable[..., Any], stage: int, name: str) -> None:
+    for found in ranks(steps_at_once, 2, stage, name):
+        assert len(found) == 2 and all(found)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_and_clipping_follow_plain_torch(ranks: Callable[..., Any], stage: int) -> None:
     """Two micro-batches of 3 on 2 ranks are one batch of 12; the clipped norm is that of the joint gradient."""
