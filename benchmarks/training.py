@@ -1,13 +1,14 @@
 """What a step costs: our loop beside a bare torch loop, and where the time of a step goes.
 
 - **Steady state.** The loop of `mmsa-dist train`, under Ray Train and DeepSpeed at ZeRO 0 and 1, and what one would
-  write by hand: torch's DistributedDataParallel (at one rank the module itself), forward, loss, backward, the same
-  fused Adam, the update of the generated labels. After each epoch of ours comes the same epoch of the bare one, in
-  the same processes, on the same batches, which it finds in memory while ours reads them from shards. What is
-  compared is CPU seconds of all ranks, ours with reading, records and agreeing; not evaluation, nor checkpoints,
-  which are waited for and of which `benchmarks.recovery` tells. First epochs are left out. Reading begins an epoch
-  early, so that of about two batches an epoch the reading is not counted. Losses of the first steps are compared too:
-  both learn the same.
+  write by hand (`benchmarks.bare_loops`): torch's DistributedDataParallel (at one rank the module itself), forward,
+  loss, backward, the same fused Adam, the update of the generated labels; and the same with DeepSpeed's engine in place
+  of DistributedDataParallel, which tells what of the difference is DeepSpeed's. After each epoch of ours comes the same
+  epoch of the bare ones, in the same processes, on the same batches, which they find in memory while ours reads them
+  from shards. What is compared is CPU seconds of all ranks, ours with reading, records and agreeing; not evaluation,
+  nor checkpoints, which are waited for and of which `benchmarks.recovery` tells. First epochs are left out. Reading
+  begins an epoch early, so that of about two batches an epoch the reading is not counted. Losses of the first steps are
+  compared too: all learn the same.
 - **A step by ranks and ZeRO stage.** One global batch by 1, 2 and 4 ranks: seconds by the clock, seconds in which a
   collective was under way (waiting for a slower rank is part of that), CPU seconds of all ranks; beside it an
   all-reduce of as many numbers as the system has, which data-parallel training cannot do without.
@@ -34,6 +35,7 @@ from benchmarks.render import measured, table, wanted
 from mmsa_dist.places import RANK_ENVIRONMENT
 
 if TYPE_CHECKING:
+    from benchmarks.bare_loops import Bare
     from mmsa_dist.ledger import Ledger
     from mmsa_dist.session import Session
 
@@ -72,8 +74,9 @@ def main() -> None:
                 stages = [stage for stage in options.stages if stage or options.precision == "fp32"]
                 found = steady(folder, case, data, ranks, stages, options)
                 raw["steady"].append(found)
-                rows += [row(found, stage, options.epochs) for stage in map(str, stages)]
-                print(*(f"{each.what}: {each.value:.3f}" for each in rows[-len(stages) :]), sep="\n", flush=True)
+                fresh = [row for stage in map(str, stages) for row in compared(found, stage, options.epochs)]
+                print(*(f"{each.what}: {each.value:.3f}" for each in fresh), sep="\n", flush=True)
+                rows += fresh
             for ranks in options.step_ranks:
                 found = {"case": case, "ranks": ranks} | in_group(
                     folder, ranks, job("step_costs", case, data, options, steps=options.steps), "local"
@@ -89,15 +92,20 @@ def main() -> None:
     return None
 
 
-def row(found: dict[str, Any], stage: str, epochs: int) -> Row:
-    """Samples a CPU second (on a GPU, a second), ours by theirs, of the median epoch."""
-    ours, bare = found["stages"][stage]["ours"], found["stages"][stage]["bare"]
-    ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
-    what = (
-        f"{found['case']}, {found['ranks']} rank{'s' * (found['ranks'] > 1)}, ZeRO {stage}: samples a {found['unit']}, "
-        "our loop / bare torch DDP"
-    )
-    return Row(what, ratio, "", f"at least {WANTED}", f"median of {epochs} epochs in turn after 1", ratio >= WANTED)
+def compared(found: dict[str, Any], stage: str, epochs: int) -> list[Row]:
+    """Samples a CPU second (on a GPU, a second), ours by each bare loop's, of the median epoch."""
+    seconds = found["stages"][stage]
+    case = f"{found['case']}, {found['ranks']} rank{'s' * (found['ranks'] > 1)}, ZeRO {stage}"
+    how = f"median of {epochs} epochs in turn after 1"
+    rows = []
+    for name, bound in (("torch DDP", WANTED), ("DeepSpeed", None)):
+        if name not in seconds:
+            continue
+        ratio = statistics.median(b / o for o, b in zip(seconds["ours"], seconds[name], strict=True))
+        what = f"{case}: samples a {found['unit']}, our loop / bare {name}"
+        wanted, met = (f"at least {bound}", ratio >= bound) if bound else ("", None)
+        rows.append(Row(what, ratio, "", wanted, how, met, headline=True))
+    return rows
 
 
 def lines(found: dict[str, Any]) -> list[list[str]]:
@@ -236,7 +244,8 @@ def cpu_seconds() -> float:
 
 
 def both_loops(told: dict[str, Any]) -> dict[str, Any]:
-    """Ours to its end at each stage; whenever it reports an epoch, the bare loop takes that epoch too."""
+    """Ours to its end at each stage; whenever it reports an epoch, the bare loops take that epoch too."""
+    from benchmarks.bare_loops import BARE
     from mmsa_dist.ledger import Ledger
     from mmsa_dist.loop import fit
     from mmsa_dist.tracking import NullTracker
@@ -245,31 +254,35 @@ def both_loops(told: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"unit": unit, "stages": {}}
     for stage in told["stages"]:
         session = opened(told, stage)
-        ledger, bare, events = Ledger(clock=now), Bare(session), heard(session)
+        narrow = session.recipe.engine.precision != "fp32"  # then DeepSpeed alone does not take our batches
+        bare = {name: kind(session) for name, kind in BARE.items() if not (narrow and name == "DeepSpeed")}
+        ledger, events = Ledger(clock=now), heard(session)
         turns = Turns(ledger, bare, now)
         fit(session, events, NullTracker(), turns, ledger)
         session.close()
-        first = list(zip(events.losses, bare.losses, strict=True))[:SAME_LOSSES]
-        if any(abs(a - b) > 1e-4 * max(1.0, abs(b)) for a, b in first):
-            raise SystemExit(f"error: the two loops do not learn the same: {first}")
-        summed = {"ours": over_ranks(turns.ours)[1:], "bare": over_ranks(turns.theirs)[1:]}
+        first = list(zip(events.losses, *(each.losses for each in bare.values()), strict=True))[:SAME_LOSSES]
+        if any(max(step) - min(step) > 1e-4 * max(1.0, abs(step[0])) for step in first):
+            raise SystemExit(f"error: the loops do not learn the same: {first}")
+        for each in bare.values():
+            each.close()
+        summed = {name: over_ranks(seconds)[1:] for name, seconds in turns.spent.items()}
         answer["stages"][str(stage)] = {**summed, "losses": first}
     return answer
 
 
 class Turns:
-    """Told of each epoch of our loop: books what it took, and lets the bare loop take it."""
+    """Told of each epoch of our loop: books what it took, and lets the bare loops take it."""
 
-    def __init__(self, ledger: "Ledger", bare: "Bare", now: Callable[[], float]) -> None:
+    def __init__(self, ledger: "Ledger", bare: "dict[str, Bare]", now: Callable[[], float]) -> None:
         self.ledger, self.bare, self.now = ledger, bare, now
-        self.ours: list[float] = []
-        self.theirs: list[float] = []
+        self.spent: dict[str, list[float]] = {name: [] for name in ("ours", *bare)}
         self.before = 0.0
 
     def __call__(self, summary: dict[str, Any]) -> None:
-        self.ours.append(self.counted() - self.before)
-        self.bare.wait_for_checkpoint(summary["step"])
-        self.theirs.append(self.bare.epoch(summary["epoch"], self.now))
+        self.spent["ours"].append(self.counted() - self.before)
+        for name, each in self.bare.items():
+            each.wait_for_checkpoint(summary["step"])
+            self.spent[name].append(each.epoch(summary["epoch"], self.now))
         self.before = self.counted()
 
     def counted(self) -> float:
@@ -302,84 +315,6 @@ def over_ranks(seconds: list[float]) -> list[float]:
         gathered = gathered.cuda() / dist.get_world_size()
     dist.all_reduce(gathered)
     return [float(value) for value in gathered]
-
-
-class Bare:
-    """What one would write by hand for the same system, recipe and order of samples."""
-
-    def __init__(self, session: "Session") -> None:
-        import torch
-        from torch.nn.parallel import DistributedDataParallel
-
-        from mmsa_dist.engine import parameter_groups, schedule
-        from mmsa_dist.session import batch_spec, label_generator
-        from mmsa_dist.systems import make_system
-        from shards.loader import Loader
-
-        recipe = self.recipe = session.recipe
-        torch.manual_seed(recipe.seed)
-        self.device = session.engine.device
-        self.system = make_system(recipe.system, recipe.model, session.spec)
-        self.labels = label_generator(recipe, session.index, self.system, self.device)
-        if self.labels.layers is not None:
-            self.system.attach(self.labels.layers)
-        self.system.to(self.device)
-        on_gpu = [self.device.index] if self.device.type == "cuda" else None
-        self.module = DistributedDataParallel(self.system, on_gpu) if session.world > 1 else self.system
-        kind = torch.optim.AdamW if recipe.optim.name == "adamw" else torch.optim.Adam
-        groups = parameter_groups(self.system, recipe.optim)
-        self.optimizer = kind(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True)
-        steps = session.plan(1).num_steps * recipe.train.epochs
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(recipe.optim, steps))
-        self.session = session
-        self.loader = Loader(session.reader, batch_spec(recipe, session.index, session.spec), 0)
-        self.losses: list[float] = []
-        self.steps = 0
-
-    def wait_for_checkpoint(self, step: int) -> None:
-        """Until our loop's is written: the thread that does it takes CPU time, which is not the bare loop's."""
-        import torch.distributed as dist
-
-        from mmsa_dist.checkpoint import step_folder
-
-        while self.session.rank == 0 and not step_folder(self.session.folder / "checkpoints", step).exists():
-            time.sleep(0.01)
-        dist.barrier()
-
-    def epoch(self, number: int, now: Callable[[], float]) -> float:
-        """Trains one; what it took after its batches were in memory."""
-        import torch
-        import torch.distributed as dist
-
-        from mmsa_dist.loop import seed_step
-
-        session = self.session
-        read = self.loader.train(session.plan(number), session.rank, session.world, 1)
-        ready = [batch.to(self.device) for (batch,) in read]
-        self.module.train()
-        narrow = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
-        clip = self.recipe.optim.clip
-        losses = []
-        began = now()
-        for batch in ready:
-            seed_step(self.recipe.seed, self.steps, session.rank)
-            self.optimizer.zero_grad()
-            with narrow:
-                prediction = self.module(batch)
-                loss = self.system.loss(prediction, batch, self.labels.targets(batch, prediction)).total
-            loss.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(self.system.parameters(), clip)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.labels.observe(number, [batch], [prediction])
-            losses.append(loss.item())
-            self.steps += 1
-        spent = now() - began
-        mean = torch.tensor(losses, device=self.device) / session.world
-        dist.all_reduce(mean)
-        self.losses += [float(value) for value in mean]
-        return spent
 
 
 if __name__ == "__main__":

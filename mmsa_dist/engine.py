@@ -153,11 +153,11 @@ class Engine:
         self.factor = schedule(optim, total_steps)
         self.accumulation = optim.accumulation
         self.held = out_of_memory.Held(optim, config, system.spec.text, self.device)
-        deepspeed_config = _deepspeed_config(optim, config, micro_batch, count_parameters(system)[1])
+        settings = deepspeed_config(optim, config, micro_batch, count_parameters(system)[1])
         if state is not None:  # before initialize, which copies the weights into its partitions
             portable.load_module(system, state.weights)
         if config.zero == 3:
-            divided.divide(system, deepspeed_config, self.dtype, self.device)
+            divided.divide(system, settings, self.dtype, self.device)
         groups = parameter_groups(system, optim)
         kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
         # fused reads and writes each number once, where torch's ordinary step does so for every operation
@@ -165,7 +165,7 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=system,
             optimizer=optimizer,
-            config=deepspeed_config,
+            config=settings,
             dist_init_required=False,
         )
         if state is not None:
@@ -412,7 +412,12 @@ BUCKET = 50_000_000
 and the others take in every backward pass, however small the system is."""
 
 
-def _deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, trained: int) -> dict[str, Any]:
+def deepspeed_config(optim: OptimConfig, config: EngineConfig, micro_batch: int, trained: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Args:
+        micro_batch: samples of a rank. trained: numbers that are.
+    """
     zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": min(BUCKET, max(1, trained))}
     if config.offload == "optimizer":  # pinned memory is what a GPU reads and writes while it computes
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

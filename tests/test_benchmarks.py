@@ -384,15 +384,16 @@ def test_a_case_of_stall_is_a_recipe(case: stall.Case, tmp_path: Path) -> None:
     assert not recipe.text.encoder or recipe.text.finetune
 
 
-def test_the_bare_loop_learns_the_same(ranks: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_bare_loops_learn_the_same(ranks: Callable[..., Any], tmp_path: Path) -> None:
     """Else its time would be that of something else; and each of our epochs has one of its own beside it."""
     told = told_of_training(tmp_path, epochs=2, stages=[0, 1])
     found = ranks(training.both_loops, 2, told)[0]
     assert found["unit"] == "CPU second" and set(found["stages"]) == {"0", "1"}
     for stage in found["stages"].values():
-        assert len(stage["ours"]) == len(stage["bare"]) == 2 and min(stage["ours"] + stage["bare"]) > 0
+        loops = [stage[name] for name in ("ours", "torch DDP", "DeepSpeed")]
+        assert [len(spent) for spent in loops] == [2, 2, 2] and min(map(min, loops)) > 0
         assert len(stage["losses"]) == training.SAME_LOSSES
-        assert all(ours == pytest.approx(bare, abs=1e-5) for ours, bare in stage["losses"])
+        assert all(bare == pytest.approx([ours] * 2, abs=1e-5) for ours, *bare in stage["losses"])
 
 
 def test_a_step_is_taken_apart(ranks: Callable[..., Any], tmp_path: Path) -> None:

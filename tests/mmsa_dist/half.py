@@ -18,7 +18,7 @@ def half_precision(power: int = 16) -> Iterator[None]:
 
     from mmsa_dist import engine
 
-    own = engine._deepspeed_config
+    own = engine.deepspeed_config
 
     def config(*arguments: Any) -> dict[str, Any]:
         made = own(*arguments)
@@ -27,5 +27,5 @@ def half_precision(power: int = 16) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
         patch.setattr(engine, "_check_precision", lambda config, device: None)
-        patch.setattr(engine, "_deepspeed_config", config)
+        patch.setattr(engine, "deepspeed_config", config)
         yield

@@ -12,15 +12,15 @@ def as_if_large() -> Iterator[None]:
     """Engines that are made inside keep no parameter whole that no layer is working with."""
     from mmsa_dist import engine
 
-    own = engine._deepspeed_config
+    own = engine.deepspeed_config
 
     def config(*arguments: Any) -> dict[str, Any]:
         values = own(*arguments)
         values["zero_optimization"] |= {f"stage3_{name}": value for name, value in AS_IF_LARGE.items()}
         return values
 
-    engine._deepspeed_config = config
+    engine.deepspeed_config = config
     try:
         yield
     finally:
-        engine._deepspeed_config = own
+        engine.deepspeed_config = own
