@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import tyro
 
+from cluster.command_line import parsed
 from cluster.errors import ClusterError, ConfigError, TransientError
 from cluster.working_dir import files_to_send, measure, write_archive
 
@@ -71,11 +72,12 @@ def main(argv: list[str]) -> int:
     """The command line; gives the job's own exit code.
 
     Raises:
-        ConfigError: no command, an address that is none, a refused token, a working dir that is too big, a used name.
+        ConfigError: a misspelt option, no command, an address that is none, a refused token, a working dir that is too
+            big, a used name.
         TransientError: nothing answers, or the cluster lost the job.
     """
     own, command = split(argv)
-    options = tyro.cli(Submit, args=own, prog="mmsa-dist submit", description=Submit.__doc__)
+    options = parsed(Submit, own, "mmsa-dist submit")
     if not command:
         raise ConfigError(
             'nothing to run: put the command after "--", as in mmsa-dist submit -- train ufen_mtfn --data …'

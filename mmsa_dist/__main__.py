@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
     "reproduce": ("tune.reproduce:main", "train a paper's table, show its figures beside ours"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
+    "cluster": ("cluster.commands:main", "write the files that make a cluster: KubeRay, ray up, Slurm"),
 }
 
 USAGE = """usage: mmsa-dist COMMAND ...

@@ -53,3 +53,18 @@ def test_another_program_behind_the_address_is_said(
     (tmp_path / "code.py").touch()
     with answering(answer) as port, pytest.raises(ConfigError, match=f"what answers at .*{port} is not a Ray head"):
         main(["--address", f"127.0.0.1:{port}", "--working-dir", str(tmp_path), "--", "systems"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--addres", "http://head:1"], "unknown option --addres; did you mean --address? (mmsa-dist submit --help"),
+        (["--working_dri=."], "unknown option --working_dri; did you mean --working-dir?"),
+        (["train"], "one word too many: train"),
+        (["--name"], "--name: a value is missing; see mmsa-dist submit --help"),
+    ],
+)
+def test_a_misspelt_command_line_is_one_sentence(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        main([*words, "--", "systems"])
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
