@@ -12,13 +12,14 @@ rounding is half to even, F1 is weighted with the truth first, SIMS is clipped b
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mmsa_dist import metrics_classes
 from mmsa_dist.errors import ConfigError
-from mmsa_dist.shares import Classes, Confusion, Floats, Values, accuracy, checked, cross, weighted_f1
+from mmsa_dist.shares import Classes, Comoments, Confusion, Floats, Values, accuracy, checked, cross, weighted_f1
 from mmsa_dist.suggest import nearest
 from shards.utterance import EMOTIONS
 
@@ -60,25 +61,84 @@ def evaluate(kind: str, y: npt.ArrayLike, p: npt.ArrayLike, tasks: Sequence[str]
         TrainingError: a prediction is not finite.
         DataError: a label is not finite.
     """
+    found = running(kind, tasks)
+    found.add(y, p)
+    return found.values()
+
+
+class Running(Protocol):
+    """Metrics of what comes a piece at a time; memory does not grow with it.
+
+    Attributes:
+        samples: so far.
+    """
+
+    samples: int
+
+    def add(self, y: npt.ArrayLike, p: npt.ArrayLike) -> None:
+        """Some more samples, as `evaluate` takes them, and with its errors."""
+        ...
+
+    def values(self) -> Values:
+        """What `evaluate` gives for all of them: equal in all but the last bits of MAE, correlation and loss."""
+        ...
+
+
+def running(kind: str, tasks: Sequence[str] = EMOTIONS) -> Running:
+    """`evaluate` for samples that come a piece at a time.
+
+    Raises:
+        ConfigError: no such kind.
+    """
     if kind == CLASSES:
-        return metrics_classes.evaluate(y, p, tasks)
+        return metrics_classes.Running(tasks)
     _scales(kind)
-    truth, prediction = checked(y, p)
-    if kind == "sims":
-        truth, prediction = truth.clip(-1, 1), prediction.clip(-1, 1)
-    values: Values = {"mae": _mae(truth, prediction), "corr": _corr(truth, prediction)}
+    return _Intensities(kind)
+
+
+class _Intensities:
+    """`Running` of one of `KINDS`."""
+
+    def __init__(self, kind: str) -> None:
+        self.samples = 0
+        self._kind = kind
+        self._apart = 0.0  # sum of |p - y|
+        self._moments = Comoments()
+        self._counts: dict[str, Classes] = {}
+        self.add([], [])  # of no samples too there are counts, all zero
+
+    def add(self, y: npt.ArrayLike, p: npt.ArrayLike) -> None:
+        truth, prediction = checked(y, p)
+        if self._kind == "sims":
+            truth, prediction = truth.clip(-1, 1), prediction.clip(-1, 1)
+        self.samples += len(truth)
+        self._apart += float(np.abs(prediction.astype(np.float64) - truth).sum())
+        self._moments.add(truth, prediction)
+        for name, counts in _decisions(self._kind, truth, prediction).items():
+            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+
+    def values(self) -> Values:
+        values: Values = {
+            "mae": self._apart / self.samples if self.samples else None,
+            "corr": self._moments.correlation(),
+        }
+        for name, counts in self._counts.items():
+            values[f"acc{name}"] = accuracy(counts)
+            if name.startswith("2"):
+                values[f"f1{name.removeprefix('2')}"] = weighted_f1(counts)
+        return values
+
+
+def _decisions(kind: str, y: Floats, p: Floats) -> dict[str, Classes]:
+    """How often each true class was given as each class, by what stands behind ``acc`` in the metric's name."""
     if kind == "mosi":
-        for classes in (7, 5, 3):
-            values[f"acc{classes}"] = accuracy(_counts("mosi", classes, truth, prediction))
-        values |= _binary("_has0", truth >= 0, prediction >= 0)
-        non0 = truth != 0
-        values |= _binary("_non0", truth[non0] > 0, prediction[non0] > 0)
-    elif kind == "sims":
-        counts = _counts("sims", 2, truth, prediction)
-        values |= {"acc2": accuracy(counts), "f1": weighted_f1(counts)}
-        for classes in (3, 5):
-            values[f"acc{classes}"] = accuracy(_counts("sims", classes, truth, prediction))
-    return values
+        non0 = y != 0
+        return {
+            **{str(classes): _counts("mosi", classes, y, p) for classes in (7, 5, 3)},
+            "2_has0": _signs(y >= 0, p >= 0),
+            "2_non0": _signs(y[non0] > 0, p[non0] > 0),
+        }
+    return {str(classes): _counts(kind, classes, y, p) for classes in ((2, 3, 5) if kind == "sims" else ())}
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -148,22 +208,8 @@ def is_better(name: str, new: float | None, old: float | None) -> bool:
     return new > old if higher_is_better(name) else new < old
 
 
-def _mae(y: Floats, p: Floats) -> float | None:
-    return float(np.abs(p.astype(np.float64) - y).mean()) if len(y) else None
-
-
-def _corr(y: Floats, p: Floats) -> float | None:
-    """Pearson's r in float64, whose squares of float32 values neither overflow nor vanish."""
-    if len(y) < 2 or (y == y[0]).all() or (p == p[0]).all():
-        return None
-    dy, dp = (v - v.mean() for v in (y.astype(np.float64), p.astype(np.float64)))
-    r = (dy @ dp) / (np.sqrt(dy @ dy) * np.sqrt(dp @ dp))
-    return float(np.clip(r, -1, 1))  # rounding only
-
-
-def _binary(suffix: str, y: npt.NDArray[np.bool_], p: npt.NDArray[np.bool_]) -> Values:
-    counts = cross(y.astype(np.int64), p.astype(np.int64), 2)
-    return {f"acc2{suffix}": accuracy(counts), f"f1{suffix}": weighted_f1(counts)}
+def _signs(y: npt.NDArray[np.bool_], p: npt.NDArray[np.bool_]) -> Classes:
+    return cross(y.astype(np.int64), p.astype(np.int64), 2)
 
 
 def _scales(kind: str) -> Mapping[int, _Scale]:

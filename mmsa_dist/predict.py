@@ -1,33 +1,38 @@
 """`mmsa-dist predict`: a trained model's predictions for a packed data set or an MMSA pickle, with metrics."""
 
 import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from pydantic import Field
 
 from mmsa_dist.config import Strict
-from mmsa_dist.errors import ConfigError, DataError
+from mmsa_dist.errors import ConfigError
+from mmsa_dist.metrics import kind_for
+from mmsa_dist.prediction.inputs import Input, check_fits, open_input
+from mmsa_dist.prediction.rows import Rows, Score, column_names, predicted
 from mmsa_dist.predictions import Writer, check_out
-from mmsa_dist.predictor import Predictor, check_width, chunks
+from mmsa_dist.predictor import Predictor, chunks
 from shards.command_line import parsed
-from shards.progress import console, remarks, track
-from shards.remote.url import is_url
-from shards.utterance import SPLITS, UNIMODAL_TASK, Utterance
+from shards.progress import console, meter, remarks, track
+from shards.utterance import SPLITS
 
 EXAMPLES = """Writes a row a sample: key, split, y (the label, where there is one), prediction, and the system's
 unimodal predictions. Of a model of classes y_TASK and prediction_TASK for each, e.g. prediction_happy: the probability,
 0 to 1, that it is there. Prints the metrics that the field reports, where there are labels.
 
+--ray predicts a packed data set with many processes, of this machine or of a Ray cluster. What they have finished lies
+in a hidden folder beside FILE until all is there: after a kill the same command goes on with it.
+
 Examples:
   mmsa-dist predict models:/ufen_mtfn@champion --data data/mosi --split test --out predictions.csv
   mmsa-dist predict models:/ufen_mtfn/3 --data unaligned_50.pkl --out predictions.parquet
-  mmsa-dist predict runs/self_mm-20260101-120000-ab12 --data data/mosi --out predictions.jsonl --json"""
+  mmsa-dist predict runs/self_mm-20260101-120000-ab12 --data data/mosi --out predictions.jsonl --json
+  mmsa-dist predict models:/ufen_mtfn@champion --data s3://bucket/calls --out calls.parquet --ray --address auto"""
 
 
 class PredictOptions(Strict):
@@ -45,6 +50,15 @@ class PredictOptions(Strict):
     """Samples at a time. Does not change any result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    quarantine: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave damaged shards out and say which; one ends the prediction otherwise. Reads every byte before it begins."""
+    ray: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Predict with Ray Data: on a cluster, else with processes of this machine."""
+    address: str | None = None
+    """With --ray the cluster's address, or auto. Unset: RAY_ADDRESS, else a cluster of its own on this machine."""
+    workers: int | None = Field(default=None, ge=1)
+    """With --ray processes that predict, a CPU (and a GPU where there are any) each. Unset: as many as there is room
+    for."""
     json_metrics: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json")] = False
     """Print the metrics as JSON on standard output, not as a table."""
     tracking_uri: str | None = None
@@ -53,184 +67,45 @@ class PredictOptions(Strict):
     """Folder of the runs."""
 
 
-@dataclass(frozen=True)
-class Input:
-    """What is predicted: utterances by split, one at a time.
-
-    Attributes:
-        where: as messages name it.
-        name: as tables name it.
-        widths: modality -> D of the features there are.
-        counts: split -> samples.
-        label_range: lowest and highest possible label.
-        classes: task -> number of classes, where labels are classes.
-    """
-
-    where: str
-    name: str
-    widths: dict[str, int]
-    has_raw_text: bool
-    has_tokens: bool
-    counts: dict[str, int]
-    label_range: tuple[float, float]
-    classes: dict[str, int]
-    synthetic: bool
-    source: Any
-
-    def utterances(self, split: str, with_text: bool) -> Iterator[Utterance]:
-        """The split's samples in the input's order. Memory does not grow with their number for a packed data set."""
-        return self.source(split, with_text)
-
-
 def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist predict`."""
     options = parsed(PredictOptions, argv, "mmsa-dist predict", EXAMPLES)
     check_out(options.out)
-    data = open_input(options.data)
+    _check_ray(options)
+    data = open_input(options.data, options.quarantine)
     splits = _splits(data, options.split)
     from mmsa_dist.tracking.fetch import fetched
 
     with fetched(options.model, options.tracking_uri, options.runs_dir) as folder:
-        predictor = Predictor.load(folder, device_of(options.device))
-    check_fits(predictor, data)
-    columns = [*map(label_name, predictor.card.judged), *map(prediction_name, predictor.tasks)]
-    with Writer(options.out, columns) as writer:
-        done = {split: _predict_split(predictor, data, split, options.batch_size, writer) for split in splits}
-    remarks.print(f"{writer.rows:,} predictions in {options.out}", soft_wrap=True)
-    if unread := sum(count for _, count in done.values()):
+        predictor = Predictor.load(folder, "cpu" if options.ray else device_of(options.device))
+        check_fits(predictor, data)
+        scores = {split: Score(kind_for(data.label_range, data.classes), predictor.card.judged) for split in splits}
+        if options.ray:
+            written = _predict_on_ray(options, folder, predictor, data, scores)
+        else:
+            rows = predicted_here(predictor, data, splits, options.batch_size)
+            written = write_rows(rows, options.out, column_names(predictor), scores)
+    remarks.print(f"{written:,} predictions in {options.out}", soft_wrap=True)
+    if unread := sum(score.unread for score in scores.values()):
         remarks.print(
-            f"note: {unread:,} of {writer.rows:,} samples have none of {', '.join(predictor.columns)}, "
+            f"note: {unread:,} of {written:,} samples have none of {', '.join(predictor.columns)}, "
             "which the model reads; their prediction is the same for all",
             soft_wrap=True,
         )
-    scores = {split: score for split, (score, _) in done.items()}
-    _show(scores, predictor, data, options.json_metrics)
+    _show({split: score.values() for split, score in scores.items()}, predictor, data, options.json_metrics)
     return 0
 
 
-def open_input(path: str) -> Input:
-    """A packed data set, or an MMSA pickle.
-
-    Raises:
-        ConfigError: neither. DataError: damaged.
-    """
-    if is_url(path):
-        return _packed(path)
-    place = Path(path)
-    if place.is_dir() or place.name == "index.json":
-        return _packed(place)
-    if place.suffix.lower() in (".pkl", ".pickle") and place.is_file():
-        return _pickled(place)
-    raise ConfigError(
-        f"--data {path}: "
-        + ("is neither a folder nor a .pkl file" if place.exists() else "does not exist")
-        + "; give a folder that `mmsa-dist pack` wrote, or a feature pickle of the MMSA toolkit"
-    )
-
-
-def check_fits(predictor: Predictor, data: Input) -> None:
-    """Says before the first sample that the data is not what the model reads.
-
-    Raises:
-        DataError: a modality is missing or has another width.
-    """
-    for name, column in zip(predictor.card.widths, predictor.columns, strict=True):
-        there = {"raw_text": data.has_raw_text, "tokens": data.has_tokens}.get(column, name in data.widths)
-        if not there:
-            held = [
-                *data.widths,
-                *(["raw_text"] if data.has_raw_text else []),
-                *(["tokens"] if data.has_tokens else []),
-            ]
-            raise DataError(
-                f"{data.where} has no {column}, which the model reads; it holds {', '.join(held)}: "
-                "give data with it, or a model that was trained without it (--data.modalities)"
-            )
-        if column == name:
-            check_width(data.where, name, data.widths[name], predictor.card.widths[name])
-    _compare_labels(predictor, data)
-
-
-def _compare_labels(predictor: Predictor, data: Input) -> None:
-    """Notes that the labels here are others than those that the model learnt."""
-    card = predictor.card
-    if card.classes != data.classes:
-        answered = f"the emotions {', '.join(card.judged)}" if card.classes else "a sentiment intensity"
-        note = f"the model answers {answered}, for which there are no labels here, so no metrics"
-    elif card.label_range != data.label_range:
-        (low, high), (a, b) = card.label_range, data.label_range
-        note = (
-            f"the model answers on the scale {low:g}..{high:g}, labels here are on {a:g}..{b:g}; "
-            "metrics compare them as they stand"
+def _check_ray(options: PredictOptions) -> None:
+    """Options that belong to --ray come with it, and it has data that other processes can read."""
+    for name in ("address", "workers"):
+        if getattr(options, name) is not None and not options.ray:
+            raise ConfigError(f"--{name} says where --ray predicts; give --ray too, or leave it out")
+    if options.ray and Path(options.data).suffix.lower() in (".pkl", ".pickle"):
+        raise ConfigError(
+            f"--ray: {options.data} is a pickle, which only one process can read; pack it first (mmsa-dist pack mmsa "
+            f"{options.data} --out FOLDER), or leave --ray out"
         )
-    else:
-        return
-    remarks.print(f"note: {note}", soft_wrap=True)
-
-
-def label_name(task: str) -> str:
-    """Column of a task's labels."""
-    return "y" if task == "M" else f"y_{task}"
-
-
-def prediction_name(task: str) -> str:
-    """Column of a task's predictions."""
-    names = {"M": "prediction", **{unimodal: f"prediction_{modality}" for modality, unimodal in UNIMODAL_TASK.items()}}
-    return names.get(task, f"prediction_{task}")
-
-
-def _packed(place: Path | str) -> Input:
-    from shards.index import Index
-    from shards.read import ShardReader
-    from shards.remote.ahead import InOrder, looking_ahead
-
-    index = Index.load(place)
-    reader = ShardReader(index)
-
-    def utterances(split: str, with_text: bool) -> Iterator[Utterance]:
-        numbers = index.numbers(split)
-        with looking_ahead(index, InOrder(numbers.start, len(numbers)), 0, depth=2) as reach:
-            for done, number in enumerate(numbers, 1):
-                reach(done)
-                yield reader.sample(number, with_text)
-
-    widths = {name: modality.width for name, modality in index.modalities.items()}
-    return Input(
-        index.where,
-        index.name,
-        widths,
-        index.has_raw_text,
-        index.has_tokens,
-        dict(index.splits),
-        index.label_range,
-        index.classes,
-        index.synthetic,
-        utterances,
-    )
-
-
-def _pickled(place: Path) -> Input:
-    from shards.sources.clean import Cleaner
-    from shards.sources.mmsa import MmsaSource
-
-    source = MmsaSource(place, strict=False)
-    cleaner = Cleaner(source, unlabelled=True)
-
-    def utterances(split: str, with_text: bool) -> Iterator[Utterance]:
-        return (cleaner.clean(source.read(split, number)) for number in range(source.counts[split]))
-
-    return Input(
-        str(place),
-        place.name,
-        source.widths,
-        source.has_raw_text,
-        source.has_tokens,
-        source.counts,
-        source.label_range,
-        source.classes,
-        False,
-        utterances,
-    )
 
 
 def _splits(data: Input, wanted: str | None) -> list[str]:
@@ -255,36 +130,63 @@ def device_of(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _predict_split(
-    predictor: Predictor, data: Input, split: str, size: int, writer: Writer
-) -> tuple[dict[str, Any] | None, int]:
-    """Writes a split's predictions.
+def predicted_here(predictor: Predictor, data: Input, splits: list[str], size: int) -> Iterator[tuple[str, Rows]]:
+    """Every split's rows, `size` samples at a time."""
+    labelled = data.classes == predictor.card.classes
+    for split in splits:
+        utterances = data.utterances(split, with_text="raw_text" in predictor.columns)
+        total = -(-data.counts[split] // size)
+        for chunk in track(chunks(utterances, size), total=total, description=f"predicting {split}"):
+            yield split, predicted(predictor, chunk, labelled)
 
-    Returns:
-        Its metrics, None where no sample has a label; and how many samples hold nothing that the model reads.
+
+def _predict_on_ray(
+    options: PredictOptions, folder: Path, predictor: Predictor, data: Input, scores: dict[str, Score]
+) -> int:
+    """The same rows from many processes; gives their number.
+
+    Args:
+        folder: of the model.
     """
-    from mmsa_dist.metrics import evaluate, kind_for
+    from mmsa_dist.prediction.job import model_files
+    from mmsa_dist.prediction.kept import Kept
+    from mmsa_dist.prediction.on_ray import job_of, predict_parts
+    from shards.ray_cluster import LOCAL
 
-    judged = predictor.card.judged
-    truth, predicted, unread = [], [], 0
-    utterances = data.utterances(split, with_text="raw_text" in predictor.columns)
-    batches = track(chunks(utterances, size), total=-(-data.counts[split] // size), description=f"predicting {split}")
-    for chunk in batches:
-        answers = predictor.predict(chunk)
-        unread += sum(not predictor.reads(utterance) for utterance in chunk)
-        labels = [u.labels if data.classes == predictor.card.classes else {} for u in chunk]
-        y = np.array([[known.get(task, np.nan) for task in judged] for known in labels], dtype=np.float32)
-        columns = {label_name(task): values for task, values in zip(judged, y.T, strict=True)}
-        columns |= {prediction_name(task): values for task, values in predictor.readable(answers).items()}
-        writer.write([utterance.key for utterance in chunk], split, columns)
-        truth.append(y)
-        predicted.append(np.stack([answers[task] for task in judged], axis=1))
-    y, p = np.concatenate(truth), np.concatenate(predicted)
-    labelled = np.isfinite(y).all(axis=1)
-    if not labelled.any():
-        return None, unread
-    metrics = evaluate(kind_for(data.label_range, data.classes), y[labelled], p[labelled], judged)
-    return {"samples": int(labelled.sum()), **metrics}, unread
+    assert data.index is not None
+    files = model_files(folder)
+    job = job_of(data, options.data, list(scores), options.batch_size, predictor, files)
+    parts = job.divide(data.index)
+    address = options.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    with Kept(options.out, job, parts) as kept:
+        begun = len(kept.done)
+        try:
+            remark = f"going on: {begun:,} of {len(parts):,} parts are there" if begun else ""
+            with meter(sum(part.count for part in parts), "predicting", remark) as tell:
+                tell(sum(part.count for part in parts if part.number in kept.done), 0)
+                if begun < len(parts):
+                    predict_parts(job, kept, parts, files, address, options.workers, options.device, tell)
+        except BaseException:
+            if kept.done:
+                remarks.print(
+                    f"{len(kept.done):,} of {len(parts):,} parts are finished and kept beside {options.out}: the same "
+                    "command goes on with them",
+                    soft_wrap=True,
+                )
+            raise
+        rows = track(kept.rows(), total=len(parts), description=f"writing {options.out.name}")
+        written = write_rows(((part.split, each) for part, each in rows), options.out, job.columns, scores)
+        kept.remove()
+    return written
+
+
+def write_rows(rows: Iterable[tuple[str, Rows]], out: Path, columns: Iterable[str], scores: Mapping[str, Score]) -> int:
+    """Writes each split's rows as they come, and counts them in the split's score; gives their number."""
+    with Writer(out, tuple(columns)) as writer:
+        for split, each in rows:
+            writer.write(each.keys, split, each.columns)
+            scores[split].add(each)
+    return writer.rows
 
 
 def _show(scores: dict[str, dict[str, Any] | None], predictor: Predictor, data: Input, as_json: bool) -> None:

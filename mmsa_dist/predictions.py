@@ -57,7 +57,7 @@ class Writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._format = kinds[self.path.suffix.lower()](self._partial, self._columns)
         except OSError as error:
-            raise self._failed(error) from error
+            raise failed(self.path, error) from error
         return self
 
     def write(self, keys: Sequence[str], split: str, values: Mapping[str, np.ndarray]) -> None:
@@ -73,7 +73,7 @@ class Writer:
         try:
             self._format.write(keys, split, values)
         except OSError as error:
-            raise self._failed(error) from error
+            raise failed(self.path, error) from error
         self.rows += len(keys)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -85,15 +85,17 @@ class Writer:
                 self._partial.replace(self.path)
         except OSError as error:
             if kind is None:
-                raise self._failed(error) from error
+                raise failed(self.path, error) from error
         finally:
             self._partial.unlink(missing_ok=True)
 
-    def _failed(self, error: OSError) -> ConfigError | TransientError:
-        said = f"{self.path}: predictions cannot be written ({error.strerror or error}); nothing was left there: "
-        if error.errno in LASTING:
-            return ConfigError(f"{said}choose another --out")
-        return TransientError(f"{said}free space or choose another --out")
+
+def failed(path: Path, error: OSError) -> ConfigError | TransientError:
+    """What it means that `path` cannot be written: that it is the wrong place, or that trying again may help."""
+    said = f"{path}: predictions cannot be written ({error.strerror or error}); nothing was left there: "
+    if error.errno in LASTING:
+        return ConfigError(f"{said}choose another --out")
+    return TransientError(f"{said}free space or choose another --out")
 
 
 class _Format(Protocol):

@@ -10,6 +10,9 @@ an encoder, and without its weights, which are among the system's. A run folder 
 Shapes: B samples, T steps, D width.
 """
 
+import base64
+import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -18,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -136,8 +140,9 @@ class Predictor:
         """A record of plain values (JSON) as an utterance.
 
         Args:
-            record: column -> value: ``raw_text`` a string, ``tokens`` (T,) integers, features (T, D) numbers or, for
-                one step, (D,). None, NaN and an empty list mean that the sample lacks it.
+            record: column -> value: ``raw_text`` a string, ``tokens`` (T,) integers, features (T, D) numbers, or (D,)
+                for one step, or a .npy file of them in base64. None, NaN and an empty list mean that the sample lacks
+                it.
             key: what to call it in messages.
 
         Raises:
@@ -280,7 +285,9 @@ def _tokens(value: Any, key: str) -> np.ndarray:
 
 
 def _features(value: Any, key: str, name: str, width: int) -> np.ndarray:
-    """(T, D) float32 from nested lists; one flat list is one step."""
+    """(T, D) float32 from nested lists, or from a .npy file in base64; what is flat is one step."""
+    if isinstance(value, str):
+        return _sound(np.atleast_2d(_array(value, key, name, width)), key, name, width)
     if not isinstance(value, _LISTS):
         raise DataError(f"sample {key!r}: {name} is {_shown(value)}, expected a list of steps of {width} numbers each")
     rows = list(value)
@@ -297,11 +304,42 @@ def _features(value: Any, key: str, name: str, width: int) -> np.ndarray:
         raise DataError(
             f"sample {key!r}: {name} holds what is not a number ({error}); expected {width} a step"
         ) from error
+    return _sound(array, key, name, width)
+
+
+def _sound(array: np.ndarray, key: str, name: str, width: int) -> np.ndarray:
+    """The same (T, D) float32 features.
+
+    Raises:
+        DataError: they are of another shape, or not all finite.
+    """
     if array.ndim != 2:
         raise DataError(f"sample {key!r}: {name} has {array.ndim} dimensions, expected 2: steps x {width} numbers")
+    check_width(f"sample {key!r}", name, array.shape[1], width)
     if not np.isfinite(array).all():
         step, feature = np.argwhere(~np.isfinite(array))[0]
         raise DataError(
             f"sample {key!r}: {name} step {step}, feature {feature} is {array[step, feature]}, expected a finite number"
         )
     return array
+
+
+def _array(value: str, key: str, name: str, width: int) -> np.ndarray:
+    """float32 of a .npy file in base64, whose header is believed only where the bytes behind it are as many."""
+    try:
+        content = base64.b64decode(value, validate=True)
+        file = io.BytesIO(content)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+        shape, fortran, dtype = read(file)
+        if dtype.kind not in "fiu":
+            raise ValueError(f"it holds {dtype}")
+        if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+            raise ValueError(f"it has {len(content) - file.tell()} bytes for the shape {shape}")
+        array = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, which is said
+            return array.astype(np.float32)
+    except Exception as error:  # whatever its reader makes of a header that is none
+        raise DataError(
+            f"sample {key!r}: {name} is {_shown(value)}, expected a list of steps of {width} numbers each, or a .npy "
+            f"file of them in base64 ({' '.join(str(error).split())[:80]})"
+        ) from error

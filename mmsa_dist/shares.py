@@ -67,3 +67,41 @@ def weighted_f1(counts: Classes) -> float | None:
     true, predicted = counts.sum(1), counts.sum(0)
     f1 = 2 * counts.diagonal() / np.maximum(true + predicted, 1)
     return float(f1 @ true / total)
+
+
+class Comoments:
+    """Sums for the correlation of two series that come a piece at a time, in float64.
+
+    Each piece is centred on its own means before it is merged (Chan, Golub and LeVeque 1983), so that squares of
+    float32 values neither overflow nor vanish, and nothing is lost where means are large beside deviations.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._means = np.zeros(2)
+        self._sums = np.zeros((2, 2))
+        """Of squares and products of the deviations from the means."""
+        self._low, self._high = np.full(2, np.inf), np.full(2, -np.inf)
+
+    def add(self, y: Floats, p: Floats) -> None:
+        """(N,) values of each."""
+        if not len(y):
+            return
+        pair = (y.astype(np.float64), p.astype(np.float64))
+        means = np.array([values.mean() for values in pair])
+        dy, dp = (values - mean for values, mean in zip(pair, means, strict=True))
+        apart, total = means - self._means, self._n + len(y)
+        self._sums += np.array([[dy @ dy, dy @ dp], [dp @ dy, dp @ dp]])
+        if self._n:
+            self._sums += np.outer(apart, apart) * (self._n * len(y) / total)
+        self._means += apart * (len(y) / total)
+        self._n = total
+        self._low = np.minimum(self._low, [values.min() for values in pair])
+        self._high = np.maximum(self._high, [values.max() for values in pair])
+
+    def correlation(self) -> float | None:
+        """Pearson's r; None of fewer than two, or where one of the series is constant."""
+        if self._n < 2 or (self._low == self._high).any():
+            return None
+        (yy, yp), (_, pp) = self._sums
+        return float(np.clip(yp / (np.sqrt(yy) * np.sqrt(pp)), -1, 1))  # rounding only

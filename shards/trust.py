@@ -31,7 +31,7 @@ it is verified but not remembered."""
 _verified: set[str] = set()
 """What this process has verified, should there be no folder to remember it in."""
 
-QUARANTINE = " (train --data.quarantine leaves such shards out)"
+QUARANTINE = " (train --data.quarantine and predict --quarantine leave such shards out)"
 """End of a message on a damaged file."""
 
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}

@@ -16,7 +16,7 @@ import torch
 import webdataset
 import yaml
 
-from benchmarks import parts, peer, real, render, stall, steps, systems, training
+from benchmarks import parts, peer, prediction, real, render, serving, stall, steps, systems, training
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
@@ -412,3 +412,23 @@ def told_of_training(folder: Path, ranks: int = 2, **more: Any) -> dict[str, Any
         pack(TinySource(60), data)
     words = ["--data", str(data), "--tracking.no-enabled", "--engine.precision", "fp32", "--batch-size", "8"]
     return {"system": "self_mm", "words": words, "ranks": ranks, "place": str(folder), **more}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_serving_and_prediction_are_measured(tmp_path: Path) -> None:
+    """A real server, two clients at once, each answer checked for its status; and one process beside --ray."""
+    run = prediction.trained(tmp_path, "--register", serving.NAME)
+    bodies = serving.requests(run, tmp_path / "small")
+    assert len(bodies) == min(serving.ROWS, 60)
+    assert len(serving.in_process(run, tmp_path / "small", 0.2)) > 0
+    with serving.served(tmp_path) as port:
+        taken = serving.ask(port, bodies, clients=2, seconds=2.0)
+        taken += serving.ask(port, serving.requests(run, tmp_path / "small", "npy"), clients=1, seconds=1.0)
+        with pytest.raises(SystemExit, match="400"):
+            serving.ask(port, [b"{}"], clients=1, seconds=1.0)
+    assert len(taken) >= 2 and all(0 < seconds < 60 for seconds in taken)
+    assert prediction.here(run, tmp_path / "small") > 0
+    rate, start = prediction.on_ray(run, tmp_path / "small", 1, tmp_path)
+    assert rate > 0 and start > 0
+    assert not list(tmp_path.glob(".predictions.csv.parts"))

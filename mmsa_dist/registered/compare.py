@@ -171,4 +171,6 @@ def _text(values: dict[str, Any], key: str) -> str:
     value = values.get(key, ABSENT)
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return ", ".join(map(str, value)) or "[]" if isinstance(value, list) else str(value)
+    from mmsa_dist.tracking.version import plain
+
+    return plain(", ".join(map(str, value)) or "[]" if isinstance(value, list) else str(value))

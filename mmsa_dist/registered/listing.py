@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
     from mmsa_dist.tracking.fetch import opened, versions_of
     from shards.progress import console, remarks
 
-    what = f"model {options.name!r}" if options.name else "models"
+    what = "models" if options.name is None else f"model {options.name!r}"
     uri, client = opened(options.tracking_uri, options.runs_dir, what)
     with store.said(uri):
-        models = {options.name: versions_of(client, options.name)} if options.name else all_versions(client)
+        models = all_versions(client) if options.name is None else {options.name: versions_of(client, options.name)}
     if not models:
         remarks.print(" ".join(NOTHING.split()), soft_wrap=True)
     elif options.name is None:

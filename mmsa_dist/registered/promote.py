@@ -12,6 +12,8 @@ from shards.command_line import parsed
 from shards.options import Flag, option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mlflow import MlflowClient
 
     from mmsa_dist.registered.gate import Check
@@ -67,6 +69,7 @@ def main(argv: list[str]) -> int:
     uri, client = opened(options.tracking_uri, options.runs_dir, f"model {options.name!r}")
     with store.said(uri):
         version = version_of(client, options.name, options.version)
+        before = aliases.records(client, options.name, options.alias)
         held = aliases.holder_of(client, options.name, options.alias)
         holder = version_of(client, options.name, held) if held else None
     failed = [check for check in _checks(uri, client, version, holder, options.alias) if not check.passed]
@@ -79,9 +82,10 @@ def main(argv: list[str]) -> int:
     else:
         with store.said(uri):
             _move(client, version, options, held, failed)
-        before = f", which version {held} held" if held else ""
+            _put_right(client, version, options, before)
+        was = f", which version {held} held" if held else ""
         spite = f", in spite of: {', '.join(check.name for check in failed)} (recorded)" if failed else ""
-        console.print(f"{version.address} is {options.alias} now{before}{spite}", soft_wrap=True)
+        console.print(f"{version.address} is {options.alias} now{was}{spite}", soft_wrap=True)
     return 0
 
 
@@ -136,3 +140,28 @@ def _move(
         )
     told = [f"{check.name}: {check.found}" for check in failed]
     aliases.move(client, version.name, version.number, options.alias, held, reason=options.reason, failed=told)
+
+
+def _put_right(
+    client: "MlflowClient", version: "Version", options: Options, before: "Mapping[str, Mapping[str, str]]"
+) -> None:
+    """Gives the alias to a version that was promoted in the same moment and that `version` does not come up to.
+
+    Args:
+        before: `aliases.records` when the checks began.
+
+    Raises:
+        TransientError: there is one.
+    """
+    from mmsa_dist.registered import gate
+    from mmsa_dist.tracking import aliases
+    from mmsa_dist.tracking.fetch import version_of
+
+    for number in aliases.rivals(client, version.name, options.alias, version.number, before):
+        check = gate.as_good(version, version_of(client, version.name, number), options.alias)
+        if not check.passed and not options.force:
+            client.set_registered_model_alias(version.name, options.alias, number)
+            raise TransientError(
+                f"version {number} of {version.name} was promoted to {options.alias} in the same moment, and keeps it: "
+                f"{check.found}; look at both (mmsa-dist models {version.name}) and promote again if need be"
+            )

@@ -1,7 +1,10 @@
 """`mmsa-dist robustness`: a trained model's metrics where a modality is missing or corrupted, at every rate."""
 
 import csv
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import ConfigError, DataError
-from mmsa_dist.predict import check_fits, device_of, open_input
+from mmsa_dist.errors import ConfigError, DataError, TransientError
+from mmsa_dist.predict import device_of
+from mmsa_dist.prediction.inputs import check_fits, open_input
+from mmsa_dist.predictions import LASTING
 from mmsa_dist.robustness.damage import KINDS, Damage
 from shards.command_line import parsed
 from shards.options import option
@@ -71,13 +76,16 @@ class Options:
         for name in ("seeds", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if self.to.exists() and not self.to.is_dir():
-            raise ConfigError(f"--to {self.to}: is a file; give a folder")
 
 
 def main(argv: list[str]) -> int:
     """Entry of `mmsa-dist robustness`."""
     options = parsed(Options, argv, "mmsa-dist robustness", EXAMPLES)
+    with _folder(options.to):
+        return _run(options)
+
+
+def _run(options: Options) -> int:
     data = open_input(options.data)
     if not data.counts.get(options.split):
         there = ", ".join(name for name, count in data.counts.items() if count) or "none"
@@ -109,12 +117,12 @@ def main(argv: list[str]) -> int:
     if found is None:
         raise DataError(f"{data.where}: no sample of {options.split} is labelled, so there are no metrics")
     title = f"{predictor.recipe.system} on {data.name} {options.split}{' (synthetic)' if data.synthetic else ''}"
-    options.to.mkdir(parents=True, exist_ok=True)
-    write_csv(found, options.to / "robustness.csv")
     from mmsa_dist.report import save
 
     metric = next(iter(found.whole))
-    save(picture(found, metric, title), options.to / "robustness.png")
+    with _written(options.to):
+        write_csv(found, options.to / "robustness.csv")
+        save(picture(found, metric, title), options.to / "robustness.png")
     console.print(table(found, metric, title))
     remarks.print(
         f"{found.samples:,} samples, {options.seeds} draws of each; all metrics are in "
@@ -122,6 +130,42 @@ def main(argv: list[str]) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+@contextmanager
+def _folder(to: Path) -> Iterator[None]:
+    """The folder is there before the work begins; where that fails nothing of it stays behind.
+
+    Raises:
+        ConfigError: no folder can be made there, or nothing written in it. TransientError: the disk is full, say.
+    """
+    made: list[Path] = []
+    try:
+        with _written(to):
+            for each in reversed([to, *to.parents]):
+                if not os.path.isdir(each):  # noqa: PTH112  Path.is_dir raises where the name is too long
+                    each.mkdir()
+                    made.append(each)
+            if not os.access(to, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield
+    except BaseException:
+        for each in reversed(made):
+            with suppress(OSError):  # something is in it
+                each.rmdir()
+        raise
+
+
+@contextmanager
+def _written(to: Path) -> Iterator[None]:
+    """What the system says of writing there becomes one of our sentences."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise ConfigError(f"--to {error.filename}: is a file; give a folder") from error
+    except OSError as error:
+        kind = ConfigError if error.errno in LASTING else TransientError
+        raise kind(f"--to {to}: cannot be written ({error.strerror or error}); give another folder") from error
 
 
 def _cases(found: "Robustness") -> tuple[list[tuple[str, str]], list[float]]:

@@ -50,7 +50,8 @@ class Damage:
         replaced = rng.random(len(own)) < self.rate
         if self.column == "tokens":
             replaced[[0, -1]] = False  # the tokenizer's own, which stand around every sentence
-        strangers = [_other(others, utterance.key, rng) for _ in range(len(own))]  # drawn alike at every rate
+        known = others or [(utterance.key, own)]  # none of those that were looked at has any: its own, in another order
+        strangers = [_other(known, utterance.key, rng) for _ in range(len(own))]  # drawn alike at every rate
         steps = [stranger if gone else step for step, stranger, gone in zip(own, strangers, replaced, strict=True)]
         return with_steps(utterance, self.column, steps)
 

@@ -10,9 +10,10 @@ from itertools import chain, islice
 import numpy as np
 import numpy.typing as npt
 
-from mmsa_dist.metrics import Values, evaluate
+from mmsa_dist.metrics import running
 from mmsa_dist.predictor import Predictor, chunks
 from mmsa_dist.robustness.damage import POOL, Damage, pool
+from mmsa_dist.shares import Values
 from shards.utterance import Utterance
 
 Floats = npt.NDArray[np.float32]
@@ -61,17 +62,16 @@ def measure(
     if not begun:
         return None
     pools = {column: pool(begun, column) for column in {damage.column for damage in damages}}
-    truth: list[Floats] = []
-    answers: dict[Damage | None, list[Floats]] = {damage: [] for damage in (None, *damages)}
+    scores = {damage: running(kind, judged) for damage in (None, *damages)}
     for chunk in chunks(chain(begun, labelled), size):
-        truth.append(np.array([[each.labels[task] for task in judged] for each in chunk], dtype=np.float32))
-        for damage, known in answers.items():
+        y = np.array([[each.labels[task] for task in judged] for each in chunk], dtype=np.float32)
+        for damage, score in scores.items():
             seen = chunk if damage is None else [damage.of(each, pools[damage.column]) for each in chunk]
             found: Mapping[str, Floats] = predictor.predict(seen)
-            known.append(np.stack([found[task] for task in judged], axis=1))
-    y = np.concatenate(truth)
-    scores = {damage: evaluate(kind, y, np.concatenate(known), judged) for damage, known in answers.items()}
-    return Robustness(len(y), scores.pop(None), {damage: s for damage, s in scores.items() if damage is not None})
+            score.add(y, np.stack([found[task] for task in judged], axis=1))
+    whole = scores.pop(None)
+    damaged = {damage: score.values() for damage, score in scores.items() if damage is not None}
+    return Robustness(whole.samples, whole.values(), damaged)
 
 
 def _labelled(utterances: Iterable[Utterance], judged: Sequence[str]) -> Iterator[Utterance]:

@@ -2,7 +2,7 @@
 
 import getpass
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ def promote_better(client: "MlflowClient", name: str, version: str, alias: str, 
     """Moves `alias` to `version`, which was just trained, unless the version that has it did better on validation of
     the same data.
 
-    Two runs that end together both look again after moving, so that the better one keeps it.
+    Of two runs that end together the better one keeps it: whoever moves last sees the other's record.
 
     Args:
         monitor: validation metric to compare by; each version carries its own as the tag ``valid.<metric>``.
@@ -45,14 +45,41 @@ def promote_better(client: "MlflowClient", name: str, version: str, alias: str, 
     Returns:
         None where `version` has the alias now; otherwise why not, in a sentence.
     """
+    before = records(client, name, alias)
     for _ in range(3):
         holder = holder_of(client, name, alias)
         if holder == version:
-            return None
+            break
         if holder is not None and (note := _better(client, name, version, holder, alias, monitor)):
             return note
         move(client, name, version, alias, holder, reason="asked for when it was trained")
+    for rival in rivals(client, name, alias, version, before):
+        if note := _better(client, name, version, rival, alias, monitor):
+            client.set_registered_model_alias(name, alias, rival)
+            return note
     return None
+
+
+def records(client: "MlflowClient", name: str, alias: str) -> dict[str, dict[str, str]]:
+    """What each version remembers of its last promotion to `alias`."""
+    from mmsa_dist.tracking.fetch import versions_of
+
+    return {
+        version.number: {key: value for key, value in version.tags.items() if key.startswith(f"{PROMOTED}{alias}.")}
+        for version in versions_of(client, name)
+    }
+
+
+def rivals(
+    client: "MlflowClient", name: str, alias: str, version: str, before: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """Other versions to which somebody has promoted, or is about to, since `before` (`records`).
+
+    MLflow has no way to move an alias only if it is where it was. But a promotion is recorded before the alias moves:
+    of two at once the one that moves it last finds the record of the other, and can put right what it did.
+    """
+    now = records(client, name, alias)
+    return [number for number, record in now.items() if number != version and record != before.get(number, {})]
 
 
 def holder_of(client: "MlflowClient", name: str, alias: str) -> str | None:

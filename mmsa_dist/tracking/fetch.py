@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.errors import ConfigError, DataError, TransientError
 from mmsa_dist.suggest import nearest
 from mmsa_dist.tracking import store
 from mmsa_dist.tracking.version import Version
@@ -157,7 +158,10 @@ def versions_of(client: "MlflowClient", name: str) -> list[Version]:
     """
     aliases = dict(registered(client, name).aliases)
     quote = '"' if "'" in name else "'"
-    found = client.search_model_versions(f"name = {quote}{name}{quote}")
+    if quote in name:  # both: MLflow's filters cannot say that
+        found = [each for each in client.search_model_versions() if each.name == name]
+    else:
+        found = client.search_model_versions(f"name = {quote}{name}{quote}")
     return sorted((Version.of(each, aliases) for each in found), key=lambda version: -int(version.number))
 
 
@@ -179,10 +183,15 @@ def download(uri: str, model: str, address: str, scratch: str) -> Path:
     """The file or folder of `model` at `address`, in `scratch` or where it lies on this machine.
 
     Raises:
-        TransientError: it cannot be fetched.
+        TransientError: it cannot be fetched. DataError: it lay on this machine, and is gone.
     """
     import mlflow
 
+    own = unquote(address.removeprefix("file://"))
+    if own.startswith("/") and not Path(own).exists():
+        raise DataError(
+            f"model {model!r}: {own} is gone, where MLflow says its files are; put it back, or give another version"
+        )
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=scratch, tracking_uri=uri))
     except (OSError, mlflow.MlflowException) as error:

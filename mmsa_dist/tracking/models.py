@@ -24,6 +24,7 @@ from mmsa_dist.errors import TrainingError
 from mmsa_dist.predictor import ENCODER, RECIPE, WEIGHTS, Predictor, weights_path
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.tracking.aliases import promote_better
+from mmsa_dist.tracking.needs import constraints, requirements
 from mmsa_dist.tracking.tracker import Link
 from mmsa_dist.tracking.version import ANSWERS, code_tags, code_text, version_tags
 
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
-
-REQUIREMENTS = ("torch", "numpy", "safetensors", "pydantic", "pyyaml", "tyro", "pyarrow", "pandas", "mlflow")
-"""What a model needs to answer; transformers beside them where it reads text through an encoder."""
 
 TOLERANCE = 1e-4
 """Largest difference between the registered model's answer and the run's own, on the input example."""
@@ -149,6 +147,9 @@ def _log(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe) -> s
         # 0.1 s a request of MOSI's size. Our own check names row, step and feature.
         inputs = [ColSpec(DataType.string if c == "raw_text" else AnyType(), c) for c in predictor.columns]
         outputs = [ColSpec(DataType.double, str(column)) for column in answer.columns]
+        needs = requirements(encoder=predictor.card.text is not None)
+        pins = Path(scratch) / "constraints.txt"
+        pins.write_text("\n".join(constraints(need.partition("==")[0] for need in needs)), encoding="utf-8")
         with mlflow.start_run(run_id=link.run_id, nested=True):
             info = mlflow.pyfunc.log_model(
                 name="model",
@@ -157,7 +158,7 @@ def _log(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe) -> s
                 code_paths=code_paths(recipe.system),
                 signature=ModelSignature(Schema(inputs), Schema(outputs)),
                 input_example=request,
-                pip_requirements=requirements(predictor.card),
+                pip_requirements=[*needs, f"-c {pins}"],
                 metadata={"data.fingerprint": predictor.card.fingerprint, "mmsa-dist": _version("mmsa-dist")},
             )
         client.update_run(link.run_id, status="RUNNING")  # leaving the block above has ended it
@@ -217,12 +218,6 @@ def code_paths(system: str) -> list[str]:
     roots = dict.fromkeys(["shards", "mmsa_dist", get_system(system).__module__.partition(".")[0]])
     files = [Path(str(importlib.import_module(root).__file__)) for root in roots]
     return [str(file.parent if file.name == "__init__.py" else file) for file in files]
-
-
-def requirements(card: DataCard) -> list[str]:
-    """Pinned to what the model was logged with; without a local version such as ``+cpu``, which no index has."""
-    names = [*REQUIREMENTS, *(["transformers"] if card.text is not None else [])]
-    return [f"{name}=={_version(name).partition('+')[0]}" for name in names]
 
 
 def _version(package: str) -> str:

@@ -69,7 +69,7 @@ def open_run(run_dir: Path, recipe: Recipe, command: list[str] | None = None) ->
     card = DataCard.load(run_dir)
     with store.said(uri):
         name = tracking.experiment or card.name
-        experiment_id = experiment(client, uri, name)
+        experiment_id = experiment(client, uri, name, run_dir.parent)
         tags = {**_tags(recipe, card, command or sys.argv), **tracking.tags}
         if tracking.parent:
             client.get_run(tracking.parent)  # a parent that does not exist is said now, not never
@@ -137,8 +137,11 @@ def end_run(run_dir: Path, status: str = "FAILED") -> None:
         log.warning("the run's end could not be recorded in MLflow: %s", short(error))
 
 
-def experiment(client: "MlflowClient", uri: str, name: str) -> str:
+def experiment(client: "MlflowClient", uri: str, name: str, runs_dir: Path) -> str:
     """Id of the experiment `name`, made where there is none.
+
+    Args:
+        runs_dir: folder of the runs, for `store.artifact_root`.
 
     Raises:
         ConfigError: it was deleted.
@@ -148,7 +151,7 @@ def experiment(client: "MlflowClient", uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=store.artifact_root(uri)))
+            return str(client.create_experiment(name, artifact_location=store.artifact_root(uri, runs_dir)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another run made it just now
                 raise

@@ -8,12 +8,13 @@ import logging
 import os
 import re
 import socket
+import sqlite3
 import ssl
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
@@ -131,11 +132,14 @@ def said(uri: str) -> Iterator[None]:
         raise TransientError(f"MLflow at {shown(uri)} cannot be used ({shown(str(error))}); {REMEDY}") from error
 
 
-def artifact_root(uri: str) -> str | None:
-    """Where a new experiment keeps its files: beside a sqlite file; a server decides for itself (None)."""
-    if not uri.startswith("sqlite"):
+def artifact_root(uri: str, runs_dir: Path) -> str | None:
+    """Where a new experiment keeps its files: beside a sqlite file, or beside the runs where the store is a database
+    that we write to ourselves; a server decides for itself (None)."""
+    if uri.startswith("sqlite"):
+        runs_dir = Path(uri.removeprefix("sqlite:///")).parent
+    elif _scheme(uri) not in DATABASES:
         return None
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").resolve().as_uri()
+    return (runs_dir / "mlartifacts").resolve().as_uri()
 
 
 def quiet() -> None:
@@ -160,7 +164,7 @@ def quiet() -> None:
 def _reach(uri: str) -> None:
     """Raises TransientError within seconds where nothing answers; MLflow itself would try for minutes."""
     parts = _parts(uri)
-    scheme = parts.scheme.split("+")[0]
+    scheme = _scheme(uri)
     if scheme == "sqlite":
         _reach_file(Path(uri.removeprefix("sqlite:///")))
     elif scheme in ("http", "https"):
@@ -185,6 +189,46 @@ def _reach(uri: str) -> None:
                 pass
         except OSError as error:
             raise TransientError(f"no database answers at {shown(uri)} ({error}); {REMEDY}") from error
+        _log_in(uri)
+
+
+def _log_in(uri: str) -> None:
+    """Connects to a database once; MLflow would try ten times, and end in its driver's own words.
+
+    Raises:
+        ConfigError: its driver is not installed, or it lets nobody in. TransientError: it cannot be used just now.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    limits = {"connect_timeout": int(TIMEOUT)} if _scheme(uri) == "postgresql" else {}
+    try:
+        create_engine(uri, poolclass=NullPool, connect_args=limits).connect().close()
+    except ImportError as error:
+        what = "pip install 'mmsa-dist[postgres]'" if _scheme(uri) == "postgresql" else "see its driver's manual"
+        raise ConfigError(
+            f"tracking uri {shown(uri)}: the database's driver is not installed here ({error}); {what}"
+        ) from error
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigError(f"tracking uri {shown(uri)}: {shown(_told(error))}") from error
+    except SQLAlchemyError as error:
+        text = shown(_told(getattr(error, "orig", None) or error))
+        if re.search(r"authentication|password|does not exist|pg_hba|denied", text, re.IGNORECASE):
+            raise ConfigError(
+                f"the database at {shown(uri)} lets nobody in so ({text}); give user, password and database as they "
+                "are, in MLFLOW_TRACKING_URI"
+            ) from error
+        raise TransientError(f"the database at {shown(uri)} cannot be used ({text}); {REMEDY}") from error
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _scheme(uri: str) -> str:
+    """Without the driver's name: ``postgresql`` of ``postgresql+psycopg://…``."""
+    return _parts(uri).scheme.split("+")[0]
 
 
 def _parts(uri: str) -> SplitResult:
@@ -230,3 +274,19 @@ def _reach_file(file: Path) -> None:
         raise ConfigError(
             f"{file}: is not a sqlite database, so MLflow cannot keep runs in it; give another with --tracking-uri"
         )
+    if head:
+        _check_sound(file)
+
+
+def _check_sound(file: Path) -> None:
+    """Raises ConfigError where sqlite cannot make sense of its file; MLflow would try ten times to. One that is locked
+    is whole."""
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=0.1)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        pass
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(
+            f"{file}: MLflow's database is damaged ({error}); put a copy back, or give another with --tracking-uri"
+        ) from error

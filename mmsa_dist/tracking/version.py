@@ -1,5 +1,6 @@
 """What a registered version says of itself: the tags that it gets, and the same read back."""
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -52,7 +53,7 @@ class Version:
             created=int(found.creation_timestamp or 0),
             source=str(found.source),
             description=found.description or "",
-            tags=dict(found.tags or {}),
+            tags={key: plain(value) for key, value in (found.tags or {}).items()},
         )
 
     @property
@@ -161,6 +162,11 @@ def count_weights(path: Path) -> int:
             return sum(prod(file.get_slice(name).get_shape()) for name in names)
     except SafetensorError as error:
         raise DataError(f"{path}: damaged ({error}); copy it again or train again") from error
+
+
+def plain(text: str) -> str:
+    """`text` without control characters: whoever can write to the registry shall not write to our terminals."""
+    return "".join(letter if unicodedata.category(letter) != "Cc" or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 def _number(text: str) -> float | None:

@@ -130,16 +130,20 @@ class Process:
 
     Args:
         health: path that answers 200 once it is up.
+        python: of the environment whose MLflow it is; this one by default.
     """
 
-    def __init__(self, arguments: list[str], port: int, health: str, folder: Path, **environment: str) -> None:
+    def __init__(
+        self, arguments: list[str], port: int, health: str, folder: Path, python: Path | None = None, **environment: str
+    ) -> None:
+        program = Path(python or sys.executable)
         self.port, self.uri = port, f"http://127.0.0.1:{port}"
         self._log = folder / f"server-{port}.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)],
+                [program, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port)],
                 cwd=folder,
-                env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment},
+                env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", **environment},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

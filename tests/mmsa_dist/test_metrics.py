@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -343,3 +344,42 @@ def test_correlation_of_tiny_and_huge_values() -> None:
     y = np.array([1.0, 2.0, 4.0], np.float32)
     for scale in (1e-40, 1e-20, 1e20, 8e37):
         assert metrics.evaluate("other", y, y * np.float32(scale))["corr"] == pytest.approx(1.0, abs=1e-4)
+
+
+# --- a piece at a time
+
+
+@pytest.mark.parametrize("kind", [*metrics.KINDS, metrics.CLASSES])
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=5),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-30, 1.0, 3.0]),
+    offset=st.sampled_from([0.0, 1.5, 1e4]),
+)
+def test_pieces_give_what_all_at_once_gives(kind: str, cuts: list[int], seed: int, scale: float, offset: float) -> None:
+    """Counts exactly, sums to their last bits: also where the mean is large beside the deviations."""
+    rng = np.random.default_rng(seed)
+    tasks = ("happy", "sad")
+    shape = (60, 2) if kind == metrics.CLASSES else (60,)
+    y = (rng.random(shape) < 0.5).astype(np.float32) if kind == metrics.CLASSES else rng.normal(size=shape).round(1)
+    p = (offset + scale * rng.normal(size=shape)).astype(np.float32)
+    found = metrics.running(kind, tasks)
+    bounds = [0, *sorted(cuts), 60]
+    for begin, end in pairwise(bounds):
+        found.add(y[begin:end], p[begin:end])
+    assert found.samples == 60
+    expected = metrics.evaluate(kind, y, p, tasks)
+    assert list(found.values()) == list(expected)
+    for name, value in found.values().items():
+        if name in ("mae", "corr", "loss"):
+            assert value == (None if expected[name] is None else pytest.approx(expected[name], rel=1e-9, abs=1e-7))
+        else:
+            assert value == expected[name]
+
+
+def test_pieces_that_are_constant_each_are_not_constant_together() -> None:
+    found = metrics.running("other")
+    for value in (1.0, 2.0):
+        found.add([value, value], [value, value])
+    assert found.values()["corr"] == pytest.approx(1.0)
+    assert metrics.running("mosi").values() == metrics.evaluate("mosi", [], [])

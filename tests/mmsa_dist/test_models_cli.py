@@ -1,6 +1,7 @@
 """`mmsa-dist models`: what is registered, from a database and from a server."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,53 @@ def test_a_server_is_listed_compared_and_promoted_as_a_database_is(
     assert "models:/over-http/1 is champion now" in capsys.readouterr().out
     assert main(["models", "over-http", *at]) == 0
     assert rows(capsys.readouterr().out)["1"][0] == "best champion"
+
+
+# --- what people call things
+
+
+@pytest.mark.parametrize("name", ["it's", 'the "best"', 'it\'s "the" best', "модель", "a b", "[bold]x", "x" * 200, "%"])
+def test_any_name_that_mlflow_takes(
+    name: str, tracked: Tracked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ["--runs-dir", str(tracked.runs_dir)]
+    tracked.client.create_registered_model(name)
+    register(tracked, name, tmp_path)
+    assert main(["models", name, *at]) == 0
+    assert list(rows(capsys.readouterr().out)) == ["1"]
+    assert main(["compare", f"models:/{name}/1", "models:/tiny/1", *at]) == 0
+    assert f"A is models:/{name}/1" in capsys.readouterr().out
+    assert main(["models", *at]) == 0
+    tracked.client.delete_registered_model(name)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "../x", "models:/tiny", "\n"])
+def test_what_is_no_name(name: str, tracked: Tracked, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", name, "--runs-dir", str(tracked.runs_dir)]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err and said.err.startswith("error: ") and not rows(said.out)
+
+
+def test_what_stands_in_the_registry_does_not_write_to_the_terminal(
+    tracked: Tracked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Escape sequences of whoever may write there."""
+    name = fresh(tracked)
+    register(tracked, name, tmp_path, data="\x1b[2Jtaken\x07", code__version="\x1b]0;owned\x07")
+    for words in (["models"], ["models", name], ["compare", f"models:/{name}/1", "models:/tiny/1"]):
+        assert main([*words, "--runs-dir", str(tracked.runs_dir)]) == 0
+        said = capsys.readouterr()
+        assert "\x1b" not in said.out + said.err and "\x07" not in said.out + said.err
+
+
+@pytest.mark.fault
+def test_a_database_that_is_damaged(tracked: Tracked, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At once: MLflow itself tries ten times, for minutes."""
+    content = (tracked.runs_dir / "mlflow.db").read_bytes()
+    for damaged in (content[:100] + bytes(len(content) - 100), content[:16] + b"x" * 84 + content[100:]):
+        (tmp_path / "mlflow.db").write_bytes(damaged)
+        began = time.monotonic()
+        assert main(["models", "--runs-dir", str(tmp_path)]) == 2
+        assert time.monotonic() - began < 30
+        said = capsys.readouterr().err
+        assert "mlflow.db: MLflow's database is damaged" in said and "Traceback" not in said

@@ -17,7 +17,8 @@ import pytest
 
 from mmsa_dist.__main__ import main as front_door
 from mmsa_dist.errors import ConfigError, DataError, TransientError
-from mmsa_dist.predict import main, open_input
+from mmsa_dist.predict import main
+from mmsa_dist.prediction.inputs import open_input
 from mmsa_dist.predictions import Writer
 from mmsa_dist.recipe import Recipe
 from shards.index import Index
@@ -342,6 +343,6 @@ def test_samples_are_read_as_they_are_needed(
             yield utterance
 
     monkeypatch.setattr(Writer, "write", counted)
-    monkeypatch.setattr("mmsa_dist.predict.open_input", lambda path: replace(data, source=watched))
+    monkeypatch.setattr("mmsa_dist.predict.open_input", lambda *asked: replace(data, source=watched))
     main([str(trained[0]), "--data", "x", "--out", str(tmp_path / "p.csv"), "--batch-size", "8"])
     assert len(written) == index.num_samples

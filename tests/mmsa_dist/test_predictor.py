@@ -1,10 +1,13 @@
 """A trained system that answers, without what trained it."""
 
+import base64
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +106,60 @@ def test_a_record_is_the_utterance(predictor: Predictor, utterances: list[Uttera
     for utterance in utterances:
         sent = predictor.utterance(record_of(utterance), "row 0")
         np.testing.assert_array_equal(predictor.predict([sent])["M"], predictor.predict([utterance])["M"])
+
+
+def npy(array: np.ndarray, **more: Any) -> str:
+    """A .npy file in base64."""
+    file = io.BytesIO()
+    np.save(file, array, **more)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_npy_file_in_base64_is_its_array(
+    dtype: str, order: Any, predictor: Predictor, utterances: list[Utterance]
+) -> None:
+    whole = next(u for u in utterances if len(u.modalities) == 3)
+    arrays = {name: array.astype(dtype, order=order) for name, array in whole.modalities.items()}
+    packed = predictor.utterance({name: npy(array) for name, array in arrays.items()}, "a")
+    listed = predictor.utterance({name: array.tolist() for name, array in arrays.items()}, "a")
+    for name, array in packed.modalities.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, listed.modalities[name])
+
+
+def huge() -> str:
+    """A header that promises 4 TB."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 5)})
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("", "audio is str '', expected a list of steps of 5 numbers each, or a .npy file of them in base64"),
+        ("AAAA", "or a .npy file of them in base64"),
+        ("\u00e4\u00f6", "or a .npy file of them in base64"),
+        (npy(np.zeros((2, 5), np.float32))[:-8], "or a .npy file of them in base64"),
+        (huge(), "bytes for the shape (1000000000000, 5)"),
+        (npy(np.array([["a"]])), "it holds <U1"),
+        (npy(np.array([None]), allow_pickle=True), "it holds object"),
+        (base64.b64encode(b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((").decode(), "or a .npy file of them in base64"),
+        (npy(np.zeros((2, 4), np.float32)), "audio has 4 features a step, the model was trained on 5"),
+        (npy(np.zeros(4, np.float32)), "audio has 4 features a step, the model was trained on 5"),
+        (npy(np.zeros((1, 2, 5), np.float32)), "audio has 3 dimensions, expected 2"),
+        (npy(np.full((1, 5), np.nan)), "audio step 0, feature 0 is nan, expected a finite number"),
+        (npy(np.full((1, 5), 1e300)), "audio step 0, feature 0 is inf, expected a finite number"),
+    ],
+    ids=range(13),
+)
+def test_a_npy_file_that_cannot_be_taken_is_said(value: str, says: str, predictor: Predictor) -> None:
+    with pytest.raises(DataError) as raised:
+        predictor.utterance({**predictor.example(), "audio": value}, "row 7")
+    assert says in str(raised.value) and "'row 7'" in str(raised.value)
+    assert len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize("nothing", [None, [], float("nan")], ids=["null", "empty", "nan"])

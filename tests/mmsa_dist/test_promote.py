@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -371,6 +372,35 @@ def test_an_alias_that_somebody_else_moved_meanwhile(
 
 
 # --- bad input
+
+
+@pytest.mark.parametrize("number", ["", "01", "-1", "1.0", "one", "1; DROP TABLE", "9" * 30])
+def test_an_odd_version_number(number: str, tracked: Tracked, capsys: Any) -> None:
+    words = ["promote", "tiny", f"--version={number}", "--alias", "champion", "--runs-dir", str(tracked.runs_dir)]
+    assert main(words) == 2
+    assert f"has no version {number} (versions: 1)" in capsys.readouterr().err
+
+
+def test_a_version_that_was_deleted(tracked: Tracked, tmp_path: Path, quick: None, capsys: Any) -> None:
+    """Its alias is free then, and it cannot have it again."""
+    name = fresh(tracked)
+    first, _ = register(tracked, name, tmp_path)
+    second, _ = register(tracked, name, tmp_path, valid__mae="99")
+    move(tracked.client, name, first.number, "champion", None)
+    tracked.client.delete_model_version(name, first.number)
+    assert promote(tracked, first) == 2
+    assert f"has no version {first.number} (versions: {second.number})" in capsys.readouterr().err
+    assert promote(tracked, second) == 0
+    assert "no version holds champion yet" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_files_that_are_gone_from_the_store(tracked: Tracked, tmp_path: Path, capsys: Any) -> None:
+    version, files = register(tracked, fresh(tracked), tmp_path)
+    shutil.rmtree(files)
+    assert promote(tracked, version, "--force") == 3
+    said = capsys.readouterr().err
+    assert f"{files} is gone, where MLflow says its files are" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,48 @@ def test_bad_input_is_one_sentence(case: str, trained: tuple[Path, Recipe], inde
     with pytest.raises(ConfigError, match=r"--to .*file: is a file; give a folder"):
         main([str(trained[0]), "--data", str(index.folder), "--to", str(tmp_path / "file")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "-0.5", "1.0001"])
+def test_what_is_no_rate(rate: str, trained: tuple[Path, Recipe], index: Index, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--rates .*: expected shares above 0, at most 1"):
+        main([str(trained[0]), "--data", str(index.folder), "--to", str(tmp_path / "out"), f"--rates={rate}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file/below", "x" * 300], ids=["below a file", "too long"])
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    place: str, trained: tuple[Path, Recipe], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("mmsa_dist.robustness.command.open_input", None)
+    with pytest.raises(ConfigError, match=r"--to .*") as caught:
+        main([str(trained[0]), "--data", str(index.folder), "--to", str(tmp_path / place)])
+    assert "give a" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.fault
+def test_what_is_stopped_or_fails_leaves_nothing(
+    trained: tuple[Path, Recipe], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--data", str(index.folder), "--to", str(tmp_path / "a" / "b")]
+    with pytest.raises(ConfigError, match="neither a folder nor"):
+        main(["nowhere", *words])
+    assert list(tmp_path.iterdir()) == []
+
+    def interrupted(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmsa_dist.robustness.measured.measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(trained[0]), *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_column_that_the_first_samples_lack() -> None:
+    """Then there are no others' steps to take: its own, in another order."""
+    features = np.arange(12, dtype=np.float32).reshape(6, 2)
+    lone = Utterance("a", "test", {"audio": features}, {"M": 0.0})
+    damaged = Damage("audio", "corrupted", 1.0, 1).of(lone, [])
+    assert {tuple(step) for step in damaged.modalities["audio"]} <= {tuple(step) for step in features}

@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import pandas as pd
 import pytest
 import yaml
 from mlflow.exceptions import MlflowException
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from mmsa_dist.errors import TrainingError
@@ -56,6 +60,11 @@ def files_of(tracked: Tracked) -> Path:
     version = tracked.client.get_model_version(tracked.published.name, tracked.published.version)
     model = tracked.client.get_logged_model(version.source.removeprefix("models:/"))
     return Path(model.artifact_location.removeprefix("file://"))
+
+
+@cache
+def installed() -> frozenset[str]:
+    return frozenset(each.name for each in distributions())
 
 
 def utterances_of(index: Index) -> list[Utterance]:
@@ -110,12 +119,33 @@ def test_the_signature_says_what_goes_in_and_out(tracked: Tracked, reads_text: T
 
 
 def test_requirements_are_pinned_and_few(tracked: Tracked, reads_text: Tracked) -> None:
-    lines = (files_of(tracked) / "requirements.txt").read_text().split()
+    *lines, last = (files_of(tracked) / "requirements.txt").read_text().splitlines()
     names = [line.partition("==")[0] for line in lines]
+    assert last == "-c constraints.txt"
     assert all("==" in line and "+" not in line for line in lines)
     assert {"torch", "mlflow", "safetensors"} <= set(names)
     assert not {"ray", "deepspeed", "transformers", "mmsa-dist"} & set(names)
     assert "transformers==" in (files_of(reads_text) / "requirements.txt").read_text()
+
+
+def test_all_that_they_bring_is_pinned_too(tracked: Tracked, reads_text: Tracked) -> None:
+    """Else the model's environment would be another one next year."""
+    for model in (tracked, reads_text):
+        lines = (files_of(model) / "constraints.txt").read_text().splitlines()
+        pins = dict(line.split("==") for line in lines)
+        assert not any("+" in pin for pin in pins.values())
+        for line in (files_of(model) / "requirements.txt").read_text().splitlines()[:-1]:
+            assert line in lines
+        for name in pins:
+            for text in distribution(name).requires or []:
+                needed = Requirement(text)
+                if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                    assert needed.name not in installed() or canonicalize_name(needed.name) in map(
+                        canonicalize_name, pins
+                    )
+        assert {"fastapi", "sympy", "starlette"} <= pins.keys(), "what they bring"
+        assert not {"ray", "deepspeed", "mmsa-dist", "pytest"} & pins.keys()
+        assert ("tokenizers" in pins) == (model is reads_text)
 
 
 def test_it_loads_where_mmsa_dist_is_not_installed(reads_text: Tracked, index: Index, tmp_path: Path) -> None:

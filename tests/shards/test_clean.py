@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmsa_dist.predict import open_input
+from mmsa_dist.prediction.inputs import open_input
 from shards.errors import DataError
 from shards.sources.clean import Cleaner
 from shards.utterance import Utterance

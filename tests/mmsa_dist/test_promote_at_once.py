@@ -1,0 +1,126 @@
+"""Promotions that happen at the same moment, or are stopped in the middle."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mmsa_dist.tracking.aliases import move, promote_better
+from tests.mmsa_dist.conftest import Tracked, wait_for
+from tests.mmsa_dist.registered import fresh, holder, register
+from tests.mmsa_dist.test_promote import answered, promote, quick, told
+
+__all__ = ["answered", "quick"]  # fixtures
+
+
+class Interrupted:
+    """A client in which somebody else promotes another version just before this one moves the alias, or just after."""
+
+    def __init__(self, client: Any, other: Callable[[], None], after: bool) -> None:
+        self._client, self._other, self._after, self._came = client, other, after, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def set_registered_model_alias(self, *words: str) -> None:
+        for turn in (False, True):
+            if turn is self._after and not self._came:
+                self._came = True
+                self._other()
+            if not turn:
+                self._client.set_registered_model_alias(*words)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("mine", ["0.3", "0.5"], ids=["better", "worse"])
+def test_of_two_promotions_in_the_same_moment_the_better_version_is_left(
+    mine: str, after: bool, tracked: Tracked, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Both have passed their checks against the old champion, and look no more before they move the alias."""
+    from mmsa_dist.tracking import fetch
+
+    name = fresh(tracked)
+    old, its, own = (register(tracked, name, tmp_path, valid__mae=mae)[0] for mae in ("0.9", "0.4", mine))
+    move(tracked.client, name, old.number, "champion", None)
+
+    def other() -> None:
+        move(tracked.client, name, its.number, "champion", old.number)
+
+    opened = fetch.opened
+    uri, client = opened(None, tracked.runs_dir, "a model")
+    monkeypatch.setattr(fetch, "opened", lambda *words: (uri, Interrupted(client, other, after)))
+    code = promote(tracked, own)
+    said = capsys.readouterr().err
+    if mine == "0.3":
+        assert code == 0
+        assert holder(tracked, name) == (its.number if after else own.number)
+    else:
+        assert code == 75 and holder(tracked, name) == its.number
+        assert f"version {its.number} of {name} was promoted to champion in the same moment, and keeps it" in said
+
+
+def test_a_run_that_ends_beside_a_promotion_leaves_the_better(tracked: Tracked, tmp_path: Path) -> None:
+    name = fresh(tracked)
+    better, worse = (register(tracked, name, tmp_path, valid__mae=mae)[0] for mae in ("0.4", "0.5"))
+
+    def other() -> None:
+        move(tracked.client, name, better.number, "champion", None)
+
+    client: Any = Interrupted(tracked.client, other, after=False)
+    note = promote_better(client, name, worse.number, "champion", "mae")
+    assert note is not None and f"champion stays with version {better.number}" in note
+    assert holder(tracked, name) == better.number
+
+
+@pytest.mark.fault
+def test_two_commands_at_once(tracked: Tracked, tmp_path: Path) -> None:
+    """Real ones: whichever is first, the alias is with the better version in the end."""
+    name = fresh(tracked)
+    versions = [register(tracked, name, tmp_path, valid__mae=mae)[0] for mae in ("0.5", "0.3", "0.4")]
+    words = [sys.executable, "-m", "mmsa_dist", "promote", name, "--alias", "champion"]
+    processes = [
+        subprocess.Popen(
+            [*words, "--version", version.number, "--runs-dir", str(tracked.runs_dir)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for version in versions
+    ]  # fmt: skip
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    assert all("Traceback" not in each for each in said), said
+    assert holder(tracked, name) in {v.number for v, p in zip(versions, processes, strict=True) if p.returncode == 0}
+    assert {process.returncode for process in processes} <= {0, 2, 75}, said
+    if processes[1].returncode == 0:
+        assert holder(tracked, name) == versions[1].number
+
+
+@pytest.mark.fault
+def test_ctrl_c_in_the_load_test_moves_nothing_and_leaves_nobody(tracked: Tracked, tmp_path: Path) -> None:
+    version, _ = register(tracked, fresh(tracked), tmp_path)
+    words = ["promote", version.name, "--version", version.number, "--alias", "champion"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmsa_dist", *words, "--runs-dir", str(tracked.runs_dir)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+
+    def loading() -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children()
+            return [each for each in children if any("load_alone" in word for word in each.cmdline())]
+        return []
+
+    wait_for(lambda: process.poll() is not None or loading(), 300)
+    (child,) = loading()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.splitlines()[-1] == "stopped" and "Traceback" not in said
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 30)
+    assert holder(tracked, version.name) is None and told(tracked, version) == {}
+    assert not list(tmp_path.glob("mmsa-*"))
