@@ -93,6 +93,13 @@ class GroupValues(Strict):
     """Everything else."""
 
 
+class RatesFrom(GroupValues):
+    """Learning rates from an epoch on."""
+
+    epoch: int = Field(ge=2)
+    """The first epoch that they hold for."""
+
+
 class LabelConfig(Strict):
     """Labels of the unimodal tasks."""
 
@@ -130,6 +137,9 @@ class OptimConfig(Strict):
     """adam adds weight decay to the gradient, adamw decays the weights."""
     lr: GroupValues = GroupValues(text=5e-5, audio=1e-3, vision=1e-3, rest=1e-3)
     """Learning rate per group."""
+    lr_from: tyro.conf.Suppress[tyro.conf.Fixed[tuple[RatesFrom, ...]]] = ()
+    """Other learning rates from later epochs on, in a recipe's file alone: what a population-based sweep has found.
+    Schedule and warm-up scale these too."""
     weight_decay: GroupValues = GroupValues(text=0.01, audio=0.0, vision=0.0, rest=0.0)
     """Weight decay per group; the text encoder's biases and layer norms get none."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -144,6 +154,18 @@ class OptimConfig(Strict):
     """Greatest norm of the gradient; 0 does not clip."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches that a rank sums before a step; the global batch stays `data.batch_size`."""
+
+    @field_validator("lr_from")
+    @classmethod
+    def _rising(cls, changes: tuple[RatesFrom, ...]) -> tuple[RatesFrom, ...]:
+        epochs = [each.epoch for each in changes]
+        if epochs != sorted(set(epochs)):
+            raise ValueError(f"the epochs must rise, found {epochs}")
+        return changes
+
+    def rates(self, epoch: int) -> GroupValues:
+        """The learning rates of `epoch` (from 1), before schedule and warm-up."""
+        return next((each for each in reversed(self.lr_from) if each.epoch <= epoch), self.lr)
 
 
 Monitor = Literal[

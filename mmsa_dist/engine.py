@@ -71,6 +71,10 @@ def imported() -> Any:
     return deepspeed
 
 
+NO_DECAY = "_no_decay"
+"""Ends the name of the group of a text encoder's biases and norms."""
+
+
 def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]:
     """Optimizer groups of the papers: text (decay / no decay), audio, vision, rest; each parameter in exactly one.
 
@@ -86,7 +90,7 @@ def parameter_groups(system: System, optim: OptimConfig) -> list[dict[str, Any]]
                 f"system {system.name!r} puts parameter {name!r} into group {kind!r}, expected one of {GROUPS}"
             )
         bare = kind == "text" and (parameter.ndim < 2)  # biases, layer norms
-        label = f"{kind}_no_decay" if bare else kind
+        label = f"{kind}{NO_DECAY}" if bare else kind
         group = groups.setdefault(
             label,
             {
@@ -150,6 +154,7 @@ class Engine:
         self.system = system
         self.stage = config.zero
         self.dtype = DTYPES[config.precision]
+        self.optim = optim
         self.factor = schedule(optim, total_steps)
         self.accumulation = optim.accumulation
         self.held = out_of_memory.Held(optim, config, system.spec.text, self.device)
@@ -174,6 +179,12 @@ class Engine:
         self._room = parts.Room(self.device.type == "cuda")
         # checkpoints travel in it, whatever training sends meanwhile
         self._beside = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Takes the learning rates of `epoch` (from 1); a recipe may change them on the way (`OptimConfig.lr_from`)."""
+        rates = self.optim.rates(epoch)
+        for group in self.engine.optimizer.param_groups:
+            group["base_lr"] = getattr(rates, group["name"].removesuffix(NO_DECAY))
 
     def step(self, batches: Sequence[Batch], loss_of: LossOf, asks: Sequence[bool] = ()) -> Step:
         """Forward, backward, guard, optimizer over one global batch, of which `batches` are this rank's micro-batches.

@@ -237,11 +237,14 @@ def beside(call: Callable[[], object], look: Callable[[], None]) -> None:
     outcome.result()
 
 
-def ray_trainer(recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (), report: bool = False) -> Any:
+def ray_trainer(
+    recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (), report: bool = False, until: int | None = None
+) -> Any:
     """A TorchTrainer whose workers run `worker.run_rank`.
 
     Args:
         report: every rank reports each epoch's numbers to Ray, for a sweep that prunes.
+        until: an epoch after which all save and end, whether or not it is the last.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -252,7 +255,13 @@ def ray_trainer(recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (),
         resources["GPU"] = launch.gpus_per_worker
     return TorchTrainer(
         train_function,
-        train_loop_config={"recipe": recipe.dump(), "folder": str(folder), "report": report, "versions": versions()},
+        train_loop_config={
+            "recipe": recipe.dump(),
+            "folder": str(folder),
+            "report": report,
+            "until": until,
+            "versions": versions(),
+        },
         torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo", timeout_s=int(launch.timeout)),
         scaling_config=ScalingConfig(
             num_workers=launch.workers, use_gpu=bool(launch.gpus_per_worker), resources_per_worker=resources
@@ -288,14 +297,10 @@ def train_function(config: dict[str, Any]) -> None:
     recipe = from_dict(config["recipe"])
     if not recipe.launch.gpus_per_worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rank without a GPU of its own takes nobody else's
+    folder, rank = Path(config["folder"]), context.get_world_rank()
+    requests = stopping.Requests(folder, rank, config["until"])
     with suppress(StoppedError):  # the driver reads it in the run's folder; Ray would take it for a failure
-        run_rank(
-            Path(config["folder"]),
-            recipe,
-            context.get_world_rank(),
-            context.get_world_size(),
-            report if config["report"] else None,
-        )
+        run_rank(folder, recipe, rank, context.get_world_size(), report if config["report"] else None, requests)
 
 
 UNCOMPARED = ("ray", "mlflow")

@@ -93,9 +93,12 @@ def train(session: Session, hooks: Hooks) -> dict[str, Any]:
     state = Progress(**session.progress)
     began = time.monotonic()
 
+    if state.epoch > 1 and engine.agree(hooks.requests.come(state.epoch - 1)):  # it was to pause there already
+        raise stopped(session, hooks)
     ahead = None
     while state.epoch <= recipe.train.epochs and state.stale < recipe.train.patience:
         plan, steps = ahead or read_epoch(session, state.epoch, state.step_in_epoch)
+        engine.begin_epoch(state.epoch)
         for batches in ledger.waiting(steps):
             with ledger.under("step"):
                 seed_step(recipe.seed, engine.steps, session.rank)
@@ -136,7 +139,7 @@ def train(session: Session, hooks: Hooks) -> dict[str, Any]:
         state.epoch, state.step_in_epoch, state.loss_sum = state.epoch + 1, 0, 0.0
         saver.save(state)
         hooks.report(flat(summary))
-        if another and engine.agree(hooks.requests.come()):
+        if another and engine.agree(hooks.requests.come(state.epoch - 1)):
             raise stopped(session, hooks)
     saver.wait()
     hooks.profile.close()

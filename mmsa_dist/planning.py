@@ -254,7 +254,8 @@ def _size_table(sizes: "Sizes", recipe: Recipe) -> "RenderableType":
         table.add_column(column, justify="right")
     for group, count in sorted(sizes.trained.items(), key=lambda item: -item[1]):
         lr, decay = (getattr(part, group) for part in (recipe.optim.lr, recipe.optim.weight_decay))
-        table.add_row(group, f"{count:,}", f"{lr:g}", f"{decay:g}")
+        later = "".join(f", {getattr(each, group):g} from epoch {each.epoch}" for each in recipe.optim.lr_from)
+        table.add_row(group, f"{count:,}", f"{lr:g}{later}", f"{decay:g}")
     if sizes.frozen:
         table.add_row("frozen", f"{sizes.frozen:,}", "-", "-")
     return table

@@ -123,6 +123,13 @@ class Predictor:
                 )
         return answers
 
+    @torch.no_grad()
+    def fused(self, utterances: Sequence[Utterance]) -> np.ndarray | None:
+        """(B, d) float32 features that the answer is made of, where the system names them: those of task ``M``, which a
+        label generator reads."""
+        found = self.system(collate(utterances, self._spec).to(self.device)).features.get("M")
+        return None if found is None else found.float().cpu().numpy()
+
     def readable(self, answers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Answers of `predict` for people: intensities as they are; of a class the probability, 0 to 1, that it is
         there, which is the sigmoid of its log-odds."""

@@ -12,7 +12,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 import yaml
@@ -342,8 +342,8 @@ def _sentence(cls: type[Strict], issue: Any) -> str:
 
 
 def _fields_at(cls: Any, location: list[str]) -> list[str]:
-    for part in location:
-        cls = cls.model_fields[part].annotation
+    for part in location:  # or a number, of several values of a kind
+        cls = cls.model_fields[part].annotation if hasattr(cls, "model_fields") else get_args(cls)[0]
     return list(cls.model_fields)
 
 

@@ -227,6 +227,11 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
         said += index.notes()
     elif recipe.data.align_widths != "refuse":
         said.append("data.align_widths is without effect: there is one data set")
+    said += [
+        f"optim.lr_from: epoch {each.epoch} comes after the last (train.epochs {recipe.train.epochs})"
+        for each in recipe.optim.lr_from
+        if each.epoch > recipe.train.epochs
+    ]
     idle = [m for m in recipe.data.normalize if m not in spec.widths]
     if idle:
         said.append(f"data.normalize: {', '.join(idle)} is not in use")

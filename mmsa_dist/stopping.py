@@ -100,11 +100,22 @@ class Signals:
         return StoppedError(f"{signal.Signals(self.number).name}; {kept}", self.number)
 
 
-class Requests:
-    """One rank's ear: whether it is asked to end the run."""
+def paused(folder: Path) -> int | None:
+    """The epoch that the run in `folder` was to pause after, where its ranks did so."""
+    done = ended(folder)
+    return None if done is None else done.get("paused")
 
-    def __init__(self, folder: Path, rank: int) -> None:
+
+class Requests:
+    """One rank's ear: whether it is asked to end the run.
+
+    Args:
+        until: an epoch after which it is to pause in any case, saved, as it would be when asked to end there.
+    """
+
+    def __init__(self, folder: Path, rank: int, until: int | None = None) -> None:
         self._folder, self._rank, self._looked = folder, rank, 0.0
+        self._until, self._paused = until, False
         self._why: str | None = None
         self._number = int(signal.SIGTERM)  # also of ranks that another one's vote has told
 
@@ -125,8 +136,14 @@ class Requests:
             hangup.leave_terminal()
         self._why, self._number = f"{signal.Signals(number).name} to rank {self._rank}", number
 
-    def come(self) -> bool:
-        """This rank's vote."""
+    def come(self, epoch: int = 0) -> bool:
+        """This rank's vote.
+
+        Args:
+            epoch: that has just ended, where one has.
+        """
+        if self._why is None and self._rank == 0 and self._until is not None and epoch >= self._until:
+            self._why, self._paused = f"a pause after epoch {self._until}", True
         if self._why is None and self._rank == 0 and time.monotonic() - self._looked >= LOOK:
             self._looked = time.monotonic()
             with suppress(FileNotFoundError):
@@ -136,6 +153,7 @@ class Requests:
     def stopped(self, step: int) -> StoppedError:
         """Writes down that all ranks have saved after `step` and end; what to raise."""
         if self._why is not None:  # those that were told by others' votes do not know what for
-            run_folder.write_json(self._folder / STOPPED, {"why": self._why, "step": step})
+            pause = {"paused": self._until} if self._paused else {}
+            run_folder.write_json(self._folder / STOPPED, {"why": self._why, "step": step, **pause})
         why = self._why or "another rank was asked to end"
         return StoppedError(f"{why}; saved after step {step}", self._number)

@@ -18,6 +18,7 @@ SEARCHES = {
 STOPPINGS = {
     "asha": "of the trials that have run for as long, the best third goes on, again and again",
     "median": "a trial ends whose best is worse than the median of what the others had on average until then",
+    "pbt": "population-based training: the worst go on as copies of the best, with other rates",
     "none": "every trial runs to its end",
 }
 
@@ -28,7 +29,7 @@ class Asked:
 
     Attributes:
         trials: how many are drawn in all. search, stopping: of `SEARCHES`, of `STOPPINGS`.
-        grace: epochs that every trial may run before it can be stopped.
+        grace: epochs that every trial may run before it can be stopped; of a population those of a generation.
         max_concurrent: trials at the same time at most; None: as many as there is room for.
         objectives: what is searched for; the first decides, the others make a Pareto front with it.
         seeds: how many times the best recipe is trained.
@@ -78,8 +79,13 @@ class Asked:
         """What may change when a sweep is gone on with.
 
         Raises:
-            ConfigError: fewer trials than before.
+            ConfigError: fewer trials than before, or more of a population.
         """
+        if trials not in (None, self.trials) and self.stopping == "pbt":
+            raise ConfigError(
+                f"--trials {trials}: the sweep has a population of {self.trials}, which keeps its size; leave it out, "
+                "or begin another sweep"
+            )
         if trials is not None and trials < self.trials:
             raise ConfigError(f"--trials {trials}: the sweep was begun with {self.trials}; give as many or more")
         given = {"trials": trials, "max_concurrent": max_concurrent}

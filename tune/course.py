@@ -14,6 +14,7 @@ from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.recipe import Recipe
 from shards.progress import console
 from shards.suggest import counted
+from tune import rates
 from tune.asked import Asked
 from tune.outcome import FAILED, INTERRUPTED, Outcome, read_outcomes, winner
 from tune.space import Space
@@ -75,19 +76,27 @@ def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked:
     Raises:
         KeyboardInterrupt: it was stopped. TrainingError: all of them failed.
     """
-    from tune.search import search
     from tune.table import trials_table, write_csv
     from tune.watch import spare_disk
 
     monitor, epochs = recipe.train.monitor, recipe.train.epochs
     before = read_outcomes(folder / "trials", monitor)
     print(_plan(space, asked, epochs, at_once, before), flush=True)
-    search(space, shared, folder, asked, at_once=at_once, before=before)
+    if asked.stopping == "pbt":
+        from tune.population import breed
+
+        breed(space, shared, folder, asked, at_once=at_once)
+    else:
+        from tune.search import search
+
+        search(space, shared, folder, asked, at_once=at_once, before=before)
     outcomes = read_outcomes(folder / "trials", monitor)
     spare_disk(folder / "trials", monitor)
     best = winner(outcomes, monitor)
     console.print(trials_table(outcomes, space, asked.objectives, best))
     write_csv(outcomes, space, asked.objectives, folder / "trials.csv")
+    if asked.stopping == "pbt":
+        rates.write_csv(outcomes, monitor, folder / "rates.csv")
     _unless_interrupted(outcomes, monitor)
     _choose(outcomes, recipe, folder)
     try:
@@ -102,7 +111,7 @@ def _draw(outcomes: Sequence[Outcome], space: Space, asked: Asked, folder: Path)
 
     if found := importances(outcomes, space, asked.objectives[0]):
         console.print(importance_table(found, asked.objectives[0]))
-    draw(outcomes, space, asked.objectives, folder / "pictures")
+    draw(outcomes, space, asked.objectives, folder / "pictures", changing=asked.stopping == "pbt")
 
 
 def _plan(space: Space, asked: Asked, epochs: int, at_once: int, before: Sequence[Outcome]) -> str:
@@ -111,6 +120,7 @@ def _plan(space: Space, asked: Asked, epochs: int, at_once: int, before: Sequenc
     ends = {
         "asha": f"ASHA may stop a trial after {min(asked.grace, epochs)}",
         "median": f"the median rule may stop a trial after {min(asked.grace, epochs)}",
+        "pbt": f"a generation is {counted(asked.grace, 'epoch')}",
         "none": "none is stopped early",
     }[asked.stopping]
     done = sum(each.status != INTERRUPTED for each in before)

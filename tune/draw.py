@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import optuna
 from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
-from mmsa_dist import run_folder, train
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist import run_folder, stopping, train
+from mmsa_dist.diagnosis import first_line
+from mmsa_dist.errors import ConfigError, MmsaError, TrainingError, TransientError
 from mmsa_dist.memory import sizes_of
 from mmsa_dist.recipe import Recipe, from_dict
-from shards.mix import AnyIndex
 from shards.progress import remarks
 from tune import objectives
 from tune.asked import Asked
@@ -26,6 +27,11 @@ LEVELS = 3
 """Values of a range that a grid has: both ends and the middle."""
 
 
+def is_open(outcome: Outcome, until: int | None = None) -> bool:
+    """Whether a trial was begun and is to go on (until it pauses after epoch `until`)."""
+    return outcome.status == INTERRUPTED and (until is None or stopping.paused(outcome.folder) != until)
+
+
 class Drawing(Searcher):
     """Gives Ray Tune trial after trial: those that were begun before and have not ended, then new ones.
 
@@ -34,17 +40,25 @@ class Drawing(Searcher):
 
     Args:
         recipe: what trials share; its seed is that of the drawing too. before: trials of the same sweep, earlier.
+        until: an epoch that they all pause after.
     """
 
     def __init__(
-        self, space: Space, recipe: Recipe, trials_dir: Path, asked: Asked, before: Sequence[Outcome] = ()
+        self,
+        space: Space,
+        recipe: Recipe,
+        trials_dir: Path,
+        asked: Asked,
+        before: Sequence[Outcome] = (),
+        until: int | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max" if objectives.maximised(recipe.train.monitor) else "min")
         self.space, self.trials_dir, self.asked = space, trials_dir, asked
         self.base = recipe.dump()  # plain values: Tune keeps a copy of this object on disk
         self.monitor = recipe.train.monitor
         self.drawn = max((each.number for each in before), default=0)
-        self.open = [each for each in before if each.status == INTERRUPTED]
+        self.until = until
+        self.open = [each for each in before if is_open(each, until)]
         self.planned = first_points(space, recipe, grid_too=asked.search == "grid")
         self.running: dict[str, tuple[Path, int | None]] = {}
         self.study = optuna.create_study(
@@ -100,32 +114,26 @@ class Drawing(Searcher):
 
     def _begun(self, trial_id: str, folder: Path, number: int | None) -> dict[str, Any]:
         self.running[trial_id] = (folder, number)
-        wrong = run_folder.read_json(folder / TRIAL).get("error")
-        return {"folder": str(folder)} | ({"error": wrong} if wrong else {})
+        record = run_folder.read_json(folder / TRIAL)
+        until = {} if self.until is None else {"until": self.until}
+        if "error" not in record:
+            return {"folder": str(folder), **until}
+        # a sweep of an older version kept no exit code: it was the recipe's
+        return {"folder": str(folder), "error": record["error"], "exit_code": record.get("exit_code", 2)}
 
     def _drawn(self, trial_id: str, number: int, values: dict[str, Value]) -> dict[str, Any]:
         name = f"trial-{self.drawn:03d}"
         record: dict[str, Any] = {"number": self.drawn, "values": values}
         try:
             recipe = with_values(from_dict(self.base), values, name)
-            index, recipe = train.check(recipe)
-            folder = self._prepared(recipe, index, name)
-            record["parameters"] = sum(sizes_of(recipe, index).trained.values())
-        except ConfigError as error:  # values that do not fit together: this trial fails, the sweep goes on
-            folder = self.trials_dir / name
-            folder.mkdir(parents=True)
-            record["error"] = str(error)
-        run_folder.write_json(folder / TRIAL, record)
-        return self._begun(trial_id, folder, number)
-
-    def _prepared(self, recipe: Recipe, index: AnyIndex, name: str) -> Path:
+            folder, record["parameters"] = prepared(recipe, self.trials_dir, name)
+        except Exception as error:  # values that do not fit together, a disk in trouble, a system's own fault
+            folder = failed(error, self.trials_dir / name, record)
         try:
-            return train.prepare(recipe, index, self.trials_dir, name)
-        except TransientError as error:
-            if not recipe.tracking.enabled:
-                raise
-            remarks.print(f"{name} is recorded in MLflow later: {error}")
-            return train.prepare(recipe, index, self.trials_dir, name, tracked=False)
+            run_folder.write_json(folder / TRIAL, record)
+        except OSError as error:
+            raise full(folder, error) from error
+        return self._begun(trial_id, folder, number)
 
     def _remember(self, outcome: Outcome) -> None:
         """What a trial that has ended reached is known to Optuna."""
@@ -137,6 +145,51 @@ class Drawing(Searcher):
         self.study.add_trial(
             create_trial(params=point, distributions=self.space.distributions(), values=found, state=state)
         )
+
+
+def prepared(recipe: Recipe, trials_dir: Path, name: str) -> tuple[Path, int]:
+    """A trial's folder, and how many parameters it learns. Where MLflow is away its run there is opened later.
+
+    Raises:
+        MmsaError: nothing can be made of the recipe, or its folder cannot be written.
+    """
+    index, recipe = train.check(recipe)
+    parameters = sum(sizes_of(recipe, index).trained.values())
+    try:
+        return train.prepare(recipe, index, trials_dir, name), parameters
+    except TransientError as error:
+        if not recipe.tracking.enabled:
+            raise
+        remarks.print(f"{name} is recorded in MLflow later: {error}")
+        return train.prepare(recipe, index, trials_dir, name, tracked=False), parameters
+
+
+def failed(error: Exception, folder: Path, record: dict[str, Any]) -> Path:
+    """Makes the folder of a trial that could not be drawn, and writes into its record why: this trial fails, the sweep
+    goes on.
+
+    Raises:
+        TransientError: not even that can be written.
+    """
+    try:
+        folder.mkdir(parents=True)
+        if isinstance(error, MmsaError):
+            record |= {"error": str(error), "exit_code": error.exit_code}
+            return folder
+        trace = folder / "traceback.txt"
+        run_folder.write_text(trace, "".join(traceback.format_exception(error)))
+        said = f"{type(error).__name__}: {first_line(str(error))}".removesuffix(": ")
+        record |= {"error": f"it could not be drawn: {said}; see {trace}", "exit_code": TrainingError.exit_code}
+        return folder
+    except OSError as seen:
+        raise full(folder, seen) from error
+
+
+def full(folder: Path, error: OSError) -> TransientError:
+    """What to raise where a trial can leave nothing: no other could either."""
+    return TransientError(
+        f"{folder}: the trial's folder cannot be written: {error.strerror}; free space, then go on with --resume"
+    )
 
 
 def sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:

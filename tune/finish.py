@@ -17,7 +17,7 @@ from mmsa_dist.report import LABELS, value_text
 from mmsa_dist.tracking import Link
 from shards.progress import console
 from tune.outcome import ERROR, RESULT, TRIAL, Outcome
-from tune.space import with_values
+from tune.space import with_rates
 
 CHOSEN = "winner.json"
 """Written once the search is over: from then on the winner is no trial like the others."""
@@ -29,8 +29,14 @@ SEEDS = "seeds"
 def choose(best: Outcome, recipe: Recipe, folder: Path, trials: int) -> None:
     """Writes down which trial is the best, and ``best.yaml``, the recipe that `mmsa-dist train` takes."""
     monitor = recipe.train.monitor
-    chosen = with_values(recipe, best.values, "best.yaml")
+    chosen = with_rates(recipe, best.values, best.rates, "best.yaml")
     note = f"# Best of {trials} trials of {folder.name} by validation {monitor}: {value_text(monitor, best.best)}\n"
+    if best.origin:
+        note += (
+            f"# Trial {best.number} began as a copy of trial {best.origin[0]} after epoch {best.origin[1]}, with other "
+            "learning rates. optim.lr_from\n# gives each epoch those that the weights had then: trained anew, with the "
+            "same seed, the recipe does what the search did.\n"
+        )
     run_folder.write_text(folder / "best.yaml", note + yaml.safe_dump(chosen.dump(), sort_keys=False))
     as_judged = {"status": best.status, "epochs": best.epochs}
     run_folder.write_json(best.folder / TRIAL, run_folder.read_json(best.folder / TRIAL) | {"chosen": as_judged})
@@ -87,7 +93,8 @@ def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: in
     winner = chosen(folder)
     assert winner is not None
     trial = run_folder.read_json(winner / TRIAL)
-    best = with_values(shared, {**trial["values"], "train.test": recipe.train.test}, "best.yaml")
+    values = {**trial["values"], "train.test": recipe.train.test}
+    best = with_rates(shared, values, trial.get("rates", ()), "best.yaml")
     runs = [winner, *_others(best, folder, seeds, trial["number"])]
     print(f"trial {trial['number']} is the best on validation; {_reads(recipe, len(runs))}", flush=True)
     _to_its_end(best, winner)
@@ -106,6 +113,7 @@ def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: in
     whole = {
         "trial": trial["number"],
         "values": trial["values"],
+        **({"rates": trial["rates"]} if "rates" in trial else {}),
         "registered": str(runs[registered].relative_to(folder)),
     }
     if len(runs) > 1:

@@ -26,11 +26,13 @@ class Outcome:
     Attributes:
         number: from 1, in the order they were drawn.
         values: dotted key -> value that was tried.
-        status: `DONE`, `STOPPED` (by ASHA), `FAILED` or `INTERRUPTED`.
+        status: `DONE`, `STOPPED` (before its end), `FAILED` or `INTERRUPTED`.
         best: its best validation result, at `best_epoch`; None where there is none.
         epochs: how many it ran.
         metrics: all validation metrics of its best epoch. parameters: that it learns, where its recipe could be made.
         error: why it failed, in a sentence.
+        origin: the trial whose copy it began as, and after which epoch; None of one that was drawn.
+        rates: of such a one the learning rates that its weights had, by dotted key, each from an epoch (from 1) on.
     """
 
     folder: Path
@@ -43,6 +45,8 @@ class Outcome:
     error: str | None
     metrics: dict[str, float | None] = field(default_factory=dict)
     parameters: int | None = None
+    origin: tuple[int, int] | None = None
+    rates: tuple[tuple[int, dict[str, float]], ...] = ()
 
 
 def read_outcome(folder: Path, monitor: str) -> Outcome:
@@ -87,6 +91,8 @@ def _read_outcome(folder: Path, monitor: str) -> Outcome:
         error=error,
         metrics=reached.metrics,
         parameters=trial.get("parameters"),
+        origin=(trial["from"]["trial"], trial["from"]["epoch"]) if "from" in trial else None,
+        rates=tuple((epoch, rates) for epoch, rates in trial.get("rates", ())),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder
-from tune import objectives
+from tune import objectives, rates
 from tune.outcome import DONE, STOPPED, Outcome
 from tune.space import Knob, Space
 
@@ -46,17 +46,24 @@ def importances(outcomes: Sequence[Outcome], space: Space, objective: str) -> di
     return dict(get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)))
 
 
-def draw(outcomes: Sequence[Outcome], space: Space, asked_for: Sequence[str], folder: Path) -> list[Path]:
+def draw(
+    outcomes: Sequence[Outcome], space: Space, asked_for: Sequence[str], folder: Path, *, changing: bool = False
+) -> list[Path]:
     """Writes the pictures into `folder` and gives their paths; none where no trial holds.
 
     Args:
         asked_for: the objectives; the first is drawn, several also against one another.
+        changing: whether learning rates changed on the way; they are drawn over epochs then.
     """
     study = study_of(outcomes, space, asked_for[0])
     if not study.trials:
         return []
     folder.mkdir(exist_ok=True)
-    return [*_png(study, outcomes, space, asked_for, folder), _html(study, outcomes, space, asked_for, folder)]
+    drawn = _png(study, outcomes, space, asked_for, folder)
+    lines = rates.lines(outcomes, space, asked_for[0]) if changing else None
+    if lines is not None:
+        drawn.append(rates.draw(lines, folder / "rates.png"))
+    return [*drawn, _html(study, outcomes, space, asked_for, folder, [rates.plotly(lines)] if lines else [])]
 
 
 def _png(
@@ -116,7 +123,12 @@ def _front(outcomes: Sequence[Outcome], asked_for: Sequence[str]) -> Any:
 
 
 def _html(
-    study: "optuna.Study", outcomes: Sequence[Outcome], space: Space, asked_for: Sequence[str], folder: Path
+    study: "optuna.Study",
+    outcomes: Sequence[Outcome],
+    space: Space,
+    asked_for: Sequence[str],
+    folder: Path,
+    more: Sequence[Any],
 ) -> Path:
     import plotly.graph_objects as figures
     from optuna import visualization
@@ -133,6 +145,7 @@ def _html(
     if importance := importances(outcomes, space, name):
         bars = figures.Bar(x=list(importance.values())[::-1], y=list(importance)[::-1], orientation="h")
         shown.append(figures.Figure(bars, figures.Layout(title=f"importance for {name}")))
+    shown += more
     parts = [figure.to_html(full_html=False, include_plotlyjs=number == 0) for number, figure in enumerate(shown)]
     path = folder / "sweep.html"
     title = folder.parent.name

@@ -35,12 +35,12 @@ def record_trial(outcome: Outcome, monitor: str) -> bool:
             client.set_tag(run_id, "sweep.error", outcome.error[:1000])
 
     done = _opened(outcome.folder) and written(outcome.folder, write)
-    tracking.end_run(outcome.folder, STATUS[outcome.status])
-    if done:
+    if tracking.end_run(outcome.folder, STATUS[outcome.status]) and done:
         run_folder.write_json(
             outcome.folder / TRIAL, run_folder.read_json(outcome.folder / TRIAL) | {"recorded": outcome.status}
         )
-    return done
+        return True
+    return False
 
 
 def record_rest(outcomes: Iterable[Outcome], monitor: str) -> None:
@@ -81,7 +81,8 @@ def store_of(recipe: Recipe, runs_dir: Path) -> str | None:
     return store.store_uri(recipe.tracking.uri, runs_dir)
 
 
-FILES = ("best.yaml", "trials.csv", "space.yaml", "sweep.json", "result.json")
+FILES = ("best.yaml", "trials.csv", "rates.csv", "space.yaml", "sweep.json", "population.json", "result.json")
+"""Of a sweep; two are of a population's alone."""
 
 
 def record_sweep(folder: Path, monitor: str, result: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ def record_sweep(folder: Path, monitor: str, result: dict[str, Any]) -> None:
         client.set_tag(run_id, "sweep.best_run", winner.run_id if winner else result["registered"])
         for key, value in result["values"].items():
             client.set_tag(run_id, f"best.{key}", str(value))
-        for name in FILES:
+        for name in (name for name in FILES if (folder / name).is_file()):
             client.log_artifact(run_id, str(folder / name))
         for picture in sorted((folder / "pictures").glob("*")):
             client.log_artifact(run_id, str(picture), "pictures")

@@ -22,8 +22,9 @@ HELP = """usage: mmsa-dist reproduce                                    the tabl
        mmsa-dist reproduce SYSTEM --table N --data FOLDER [--seeds K] [--rows NAME …] [any value of the recipe]
 
 Trains the rows of a published table on a packed data set, K times each, and sets mean ± standard deviation of the test
-metrics beside the paper's figures: on the terminal, as table.md and table.html, with loss curves, confusion matrices
-and paired tests between the systems. Rows that nothing here trains show the paper's figures alone.
+metrics beside the paper's figures: on the terminal, as table.md and table.html, with loss curves, confusion matrices,
+t-SNE of the fused features, generated labels and paired tests between the systems. Rows that nothing here trains show
+the paper's figures alone.
 
 Each row and seed is an ordinary training run: best epoch on validation, the test split read once, at its end. Runs are
 kept below --runs-dir by all that decides their result (recipe, data, code): the same command again trains only what is

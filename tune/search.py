@@ -84,14 +84,15 @@ def search(
 
 
 class Prepared(Searcher):
-    """Runs whose folders there are already, one after another."""
+    """Runs whose folders there are already, one after another (until they pause after epoch `until`)."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], until: int | None = None) -> None:
         super().__init__()
         self.waiting = [str(folder) for folder in folders]
+        self.more = {} if until is None else {"until": until}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return {"folder": self.waiting.pop(0)} if self.waiting else Searcher.FINISHED
+        return {"folder": self.waiting.pop(0), **self.more} if self.waiting else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass

@@ -10,7 +10,7 @@ A YAML file: headings, and under each the recipe's dotted keys with one of `KIND
       model.width, model.heads: {together: [[30, 6], [40, 10]], source: "…"}       # a value for each, drawn as a pair
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ LISTED = ("choice", "value", "together")
 NOT_SEARCHED = (
     *("system", "launch.", "tracking.", "checkpoint.", "data.path", "data.readers", "data.eval_batch_size"),
     *("train.epochs", "train.monitor", "train.test", "train.profile", "train.dry_run", "engine.zero", "seed"),
+    "optim.lr_from",
 )
 """Keys that change no result, or by which trials are compared."""
 
@@ -284,6 +285,30 @@ def with_values(recipe: Recipe, values: Mapping[str, Value], where: str = "recip
             node = node[branch]
         node[leaf] = value
     return from_dict(tree, where)
+
+
+RATES = "optim.lr."
+"""Begins the keys of learning rates."""
+
+Rates = Sequence[tuple[int, Mapping[str, float]]]
+"""Learning rates by dotted key, each from an epoch (from 1) on."""
+
+
+def with_rates(recipe: Recipe, values: Mapping[str, Value], rates: Rates = (), where: str = "recipe") -> Recipe:
+    """`recipe` with a trial's values; where its learning rates changed on the way, with those of each epoch.
+
+    Raises:
+        ConfigError: the recipe refuses one.
+    """
+    if not rates:
+        return with_values(recipe, values, where)
+    (_, first), *later = rates
+    made = with_values(recipe, {**values, **first}, where)
+    own, changes = made.optim.lr.model_dump(), []
+    for epoch, changed in later:
+        own |= {key.removeprefix(RATES): rate for key, rate in changed.items()}
+        changes.append({"epoch": epoch, **own})
+    return with_values(made, {"optim.lr_from": changes}, where)
 
 
 def _read(path: Path) -> dict[str, Any]:

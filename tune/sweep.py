@@ -14,7 +14,7 @@ from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, load_recipe, no_system
 from mmsa_dist.session import kind_of
 from shards.mix import AnyIndex
-from tune import objectives
+from tune import objectives, population
 from tune.asked import SEARCHES, STOPPINGS, Asked
 from tune.course import carry_out, connected, ended, exportable
 from tune.resumed import resume
@@ -34,7 +34,8 @@ run. The best one on validation is trained to its end, tested once and registere
 {chr(10).join(f"                         {name:7} {text}" for name, text in SEARCHES.items())}
   --stopping NAME      which trials are stopped before their end (default asha):
 {chr(10).join(f"                         {name:7} {text}" for name, text in STOPPINGS.items())}
-  --grace N            epochs that every trial may run before it can be stopped early (default: a quarter of --epochs)
+  --grace N            epochs that every trial may run before it can be stopped early, and with pbt from one generation
+                       to the next (default: a quarter of --epochs)
   --objectives A B     validation metrics, and `parameters`, for how small a system is. The first decides (default: the
                        recipe's train.monitor); with several the trials that none betters in all are marked
   --max-concurrent N   trials at the same time; default: as many as fit into the free CPUs and GPUs
@@ -56,6 +57,7 @@ A value given here is not searched, e.g. --batch-size 32. The most used:
 Examples:
   mmsa-dist sweep self_mm --data data/mosi --trials 50 --epochs 20 --seeds 5 --alias champion
   mmsa-dist sweep ufen_mtfn --data data/mosi --trials 30 --objectives mae parameters
+  mmsa-dist sweep self_mm --data data/mosi --trials 12 --epochs 24 --stopping pbt --grace 4
   mmsa-dist sweep --resume runs/sweep-self_mm-20260101-120000-ab12"""
 
 TRIALS, SEARCH, STOPPING, SEEDS = 4, "tpe", "asha", 1
@@ -84,7 +86,10 @@ def main(argv: list[str]) -> int:
     index, recipe = train.check(recipe)
     space = Space.load(system, Path(options.space) if options.space else None).checked(recipe)
     space = _narrowed(space, recipe, overrides)
-    begin(space, recipe, _asked(options, space, recipe, index, _given_keys(overrides)), options)
+    asked = _asked(options, space, recipe, index, _given_keys(overrides))
+    if asked.stopping == "pbt":
+        population.check(space, recipe, asked)
+    begin(space, recipe, asked, options)
     return 0
 
 

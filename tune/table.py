@@ -48,7 +48,7 @@ def trials_table(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str
             *(_reached(each, name) for name in wanted),
             str(each.best_epoch or "-"),
             str(each.epochs),
-            each.status if each.error is None else f"{each.status}: {each.error}",
+            _status(each),
             style="bold" if each == best else "",
         )
     captions = ["o: none betters it in all objectives"] if front else []
@@ -75,7 +75,8 @@ def write_csv(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str], 
     front = objectives.front(outcomes, wanted)
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["trial", *space.keys, *reached, "front", "best_epoch", "epochs", "status", "error", "folder"])
+        ends = ["front", "best_epoch", "epochs", "status", "from_trial", "from_epoch", "error", "folder"]
+        out.writerow(["trial", *space.keys, *reached, *ends])
         for each in outcomes:
             values = [each.values.get(key) for key in space.keys]
             found = [_value(each, name) for name in wanted]
@@ -88,10 +89,16 @@ def write_csv(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str], 
                     each.best_epoch,
                     each.epochs,
                     each.status,
+                    *(each.origin or ("", "")),
                     each.error or "",
                     each.folder.name,
                 ]
             )
+
+
+def _status(outcome: Outcome) -> str:
+    origin = f", a copy of trial {outcome.origin[0]} from epoch {outcome.origin[1]} on" if outcome.origin else ""
+    return f"{outcome.status}{origin}" + (f": {outcome.error}" if outcome.error else "")
 
 
 def _head(objective: str) -> str:

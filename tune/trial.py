@@ -7,8 +7,8 @@ from ray.train import Checkpoint
 from ray.tune import get_context
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mmsa_dist import diagnosis, launch, run_folder
-from mmsa_dist.errors import ConfigError, MmsaError, TransientError
+from mmsa_dist import diagnosis, launch, run_folder, stopping
+from mmsa_dist.errors import MmsaError, TransientError
 from mmsa_dist.metrics import higher_is_better, is_better
 from mmsa_dist.recipe import Recipe, read_recipe
 from tune import reserved
@@ -26,23 +26,29 @@ def run_trial(config: dict[str, Any]) -> None:
     Raises nothing of its own: where this process dies, and only there, Ray Tune calls it again.
 
     Args:
-        config: ``folder``, with its ``recipe.yaml``; and ``error`` where the drawn values make no recipe.
+        config: ``folder``, with its ``recipe.yaml``; ``until``, an epoch to pause after, where it is to; and ``error``
+            with its ``exit_code`` where nothing could be made of what was drawn.
     """
     folder = Path(config["folder"])
+    if "error" in config:
+        _failed(folder, config["error"], config["exit_code"])
+        return
     try:
-        if "error" in config:
-            raise ConfigError(config["error"])
         reserved.free(folder)  # what an earlier process of this trial held
-        _train(read_recipe(folder / "recipe.yaml"), folder)
+        _train(read_recipe(folder / "recipe.yaml"), folder, config.get("until"))
     except MmsaError as error:
-        run_folder.write_json(folder / ERROR, {"message": str(error), "exit_code": error.exit_code, "trial": True})
+        _failed(folder, str(error), error.exit_code)
 
 
-def _train(recipe: Recipe, folder: Path) -> None:
+def _failed(folder: Path, message: str, exit_code: int) -> None:
+    run_folder.write_json(folder / ERROR, {"message": message, "exit_code": exit_code, "trial": True})
+
+
+def _train(recipe: Recipe, folder: Path, until: int | None) -> None:
     for attempt in range(recipe.launch.max_failures + 1):
         launch.make_ready(folder)
-        outcome = _attempt(recipe, folder, attempt)
-        if (folder / RESULT).is_file():
+        outcome = _attempt(recipe, folder, attempt, until)
+        if (folder / RESULT).is_file() or stopping.paused(folder) is not None:
             return
         error = diagnosis.diagnose(folder, outcome)
         stopped = "stopped" in run_folder.read_json(folder / TRIAL)  # its ranks were taken from it
@@ -50,13 +56,13 @@ def _train(recipe: Recipe, folder: Path) -> None:
             raise error
 
 
-def _attempt(recipe: Recipe, folder: Path, attempt: int) -> str:
+def _attempt(recipe: Recipe, folder: Path, attempt: int, until: int | None) -> str:
     """Runs the ranks once; gives what was seen where they ended badly, '' where they did not."""
     callback = ReportBest(recipe.train.monitor, best_so_far(folder, recipe.train.monitor).value)
     # a name of its own: Ray resumes a run whose name it has seen
     name = f"{get_context().get_trial_id()}-{attempt}"
     try:
-        launch.ray_trainer(recipe, folder, name=name, callbacks=[callback], report=True).fit()
+        launch.ray_trainer(recipe, folder, name=name, callbacks=[callback], report=True, until=until).fit()
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
         return f"Ray Train: {type(error).__name__}: {diagnosis.first_line(str(error))}"
     return ""

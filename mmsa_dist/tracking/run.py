@@ -120,21 +120,26 @@ def finish_run(run_dir: Path, recipe: Recipe, *, model: bool = True) -> "Publish
     return published
 
 
-def end_run(run_dir: Path, status: str = "FAILED") -> None:
+def end_run(run_dir: Path, status: str = "FAILED") -> bool:
     """Sets the run's status, FAILED or KILLED, after sending what was spilled or cut off. Never raises.
 
     Without it a run that failed would stand as running for ever.
+
+    Returns:
+        Whether all of it is there.
     """
     try:
         link = Link.load(run_dir)
         if link is None:
-            return
+            return True
         client = store.connect(link.uri)
         replay(client, link.run_id, run_dir / SPILL)
         _log_missing_epochs(client, link.run_id, run_dir)
         client.set_terminated(link.run_id, status)
     except Exception as error:  # the error that ended the run matters more than its record
         log.warning("the run's end could not be recorded in MLflow: %s", short(error))
+        return False
+    return True
 
 
 def experiment(client: "MlflowClient", uri: str, name: str, runs_dir: Path) -> str:

@@ -183,7 +183,13 @@ class Process:
 
 
 class Wire:
-    """A port that leads to another one, and can be cut: what a server that goes down and comes back looks like."""
+    """A port that leads to another one, and can be cut: what a server that goes down and comes back looks like.
+
+    Attributes:
+        delay: seconds that everything takes on its way, from now on.
+    """
+
+    delay = 0.0
 
     def __init__(self, target: int) -> None:
         self.port = free_port()
@@ -209,9 +215,13 @@ class Wire:
         while True:
             try:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
             except OSError:
                 return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:  # nobody is there, now
+                near.close()
+                continue
             self._open += [near, far]
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
@@ -219,6 +229,7 @@ class Wire:
     def _carry(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(1 << 16):
+                time.sleep(self.delay)
                 sink.sendall(piece)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)

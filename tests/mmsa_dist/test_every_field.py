@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from mmsa_dist.config import Strict
+from mmsa_dist.config import RatesFrom, Strict
 from mmsa_dist.recipe import Recipe, from_dict
 from shards.utterance import Utterance
 from shards.write import pack
@@ -26,6 +26,7 @@ CHANGES: dict[str, list[Any]] = {
     "optim.lr.audio": [2e-3],
     "optim.lr.vision": [2e-3],
     "optim.lr.rest": [2e-3],
+    "optim.lr_from": [(RatesFrom(epoch=2, text=2e-3, audio=2e-3, vision=2e-3, rest=2e-3),)],
     "optim.weight_decay.text": [0.9],
     "optim.weight_decay.audio": [0.9],
     "optim.weight_decay.vision": [0.9],
@@ -95,6 +96,7 @@ def losses(folder: Path, recipe: dict[str, Any]) -> list[float]:
     session = open_session(from_dict(recipe), folder, dist.get_rank(), dist.get_world_size())
     found = []
     for epoch in range(1, session.recipe.train.epochs + 1):
+        session.engine.begin_epoch(epoch)
         for batches in read_epoch(session, epoch)[1]:
             seed_step(session.recipe.seed, session.engine.steps, session.rank)
             step = session.engine.step(batches, lambda p, b: session.system.loss(p, b, session.generator.targets(b, p)))

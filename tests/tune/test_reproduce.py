@@ -117,7 +117,8 @@ def test_the_table_has_the_paper_and_ours(reproduced: Reproduced) -> None:
     assert text.count("| ours, 2 seeds |") == 2 and "| TAM-ULAG - w/o ULAG | 2 |" in text
     assert "w/o BERT | paper" in text, "rows that are not asked for have the paper's figures"
     page = (reproduced.folder / "table.html").read_text()
-    assert "87.20?" in page and "pictures/loss-TAM-ULAG.png" in page
+    assert "87.20?" in page and "pictures/loss-TAM-ULAG.png" in page and "pictures/tsne-TAM-ULAG.png" in page
+    assert "labels that ulag generated for TAM-ULAG, seed 1, after epoch 2" in page
     rows = run_folder.read_json(reproduced.folder / "reproduction.json")["rows"]
     for name in ("TAM-ULAG", "w/o ULAG"):
         for seed, key in rows[name]["runs"].items():
@@ -165,6 +166,9 @@ def test_mlflow_has_the_reproduction_as_parent_of_its_runs_with_table_and_pictur
     assert {"table.md", "table.html"} <= {file.path for file in client.list_artifacts(parent.run_id)}
     pictures = {file.path for file in client.list_artifacts(parent.run_id, "pictures")}
     assert {"pictures/loss-TAM-ULAG.png", "pictures/confusion-w-o-ULAG-7.png"} <= pictures
+    assert {"pictures/tsne-TAM-ULAG.png", "pictures/tsne-w-o-ULAG.png"} <= pictures
+    assert {"pictures/labels-TAM-ULAG.png", "pictures/cases-TAM-ULAG.png"} <= pictures
+    assert "pictures/labels-w-o-ULAG.png" not in pictures, "it has the multimodal label alone"
     assert not client.search_registered_models(), "thirty runs for a table are no thirty models"
 
 

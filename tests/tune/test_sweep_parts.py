@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from mmsa_dist import launch, run_folder, train
 from mmsa_dist.config import LaunchConfig
-from mmsa_dist.errors import ConfigError
+from mmsa_dist.errors import ConfigError, TransientError
 from mmsa_dist.tracking import Link, store
 from shards.index import Index
 from tests.mmsa_dist.conftest import free_port, tracking_server
@@ -217,6 +217,55 @@ def test_values_that_make_no_recipe_fail_when_the_sweep_goes_on_too(data: Path, 
         (outcome,) = read_outcomes(tmp_path / "trials", "mae")
         assert outcome.status == FAILED and "cannot be shared by 1 workers x 40 accumulation" in (outcome.error or "")
         (outcome.folder / "error.json").unlink()
+
+
+def test_data_that_is_gone_when_a_trial_is_drawn_fails_that_trial_alone(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    space = searched(tmp_path, "a: {model.dropout: {uniform: [0.0, 0.5], source: s}}")
+    drawing = Drawing(space, tiny(tmp_path / "data"), tmp_path / "trials", asked(trials=3))
+    for name in "abc":
+        if name == "b":
+            (tmp_path / "data").rename(tmp_path / "away")
+        config = drawing.suggest(name)
+        assert isinstance(config, dict) and ("error" in config) == (name == "b")
+        if name == "b":
+            run_trial(config)
+            drawing.on_trial_complete(name, {})
+            (tmp_path / "away").rename(tmp_path / "data")
+    first, second, third = read_outcomes(tmp_path / "trials", "mae")
+    assert (first.status, second.status, third.status) == (INTERRUPTED, FAILED, INTERRUPTED)
+    assert second.error is not None and str(tmp_path / "data") in second.error
+    assert run_folder.read_json(second.folder / "error.json")["exit_code"] in (2, 3)
+    assert drawing.study.trials[1].state.name == "FAIL"
+
+
+def test_a_fault_of_the_program_while_a_trial_is_drawn_fails_that_trial_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked(trials=2))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nmore of it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tune.draw.sizes_of", broken)
+        config = drawing.suggest("a")
+    assert isinstance(config, dict)
+    run_trial(config)
+    assert "error" not in drawing.suggest("b")  # type: ignore[operator]
+    failed, good = read_outcomes(tmp_path / "trials", "mae")
+    assert (failed.status, good.status) == (FAILED, INTERRUPTED)
+    trace = failed.folder / "traceback.txt"
+    said = f"it could not be drawn: RuntimeError: mat1 and mat2 shapes cannot be multiplied; see {trace}"
+    assert failed.error == said and "in broken" in trace.read_text()
+    assert run_folder.read_json(failed.folder / "error.json")["exit_code"] == 4
+    assert not list((tmp_path / "trials").glob("*/mlflow.json"))
+
+
+def test_a_disk_that_takes_no_trial_ends_the_search_with_a_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "trials").write_text("a file where the folder should be")
+    with pytest.raises(TransientError, match=r"trials/trial-001: the trial's folder cannot be written: .*; free space"):
+        Drawing(searched(tmp_path), tiny(data), tmp_path / "trials", asked()).suggest("a")
 
 
 def test_what_mlflow_could_not_take_while_it_was_away_is_there_afterwards(

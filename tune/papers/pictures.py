@@ -1,4 +1,5 @@
-"""Pictures of a reproduction: per row the loss over epochs, and who is taken for whom among 2, 3, 5 and 7 classes."""
+"""Pictures of a reproduction: per row the loss over epochs, who is taken for whom among 2, 3, 5 and 7 classes, where
+the fused features lie, and what labels were generated."""
 
 import re
 from collections.abc import Iterable
@@ -7,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmsa_dist.diagnosis import first_line
 from mmsa_dist.metrics import CLASSES, class_counts, confusion
 from mmsa_dist.report import confusion_matrix, epoch_events, save
+from shards.progress import remarks
 from shards.suggest import counted
+from tune.papers import cases, fused
 from tune.papers.measured import Measured, predictions
+from tune.papers.page import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +24,9 @@ if TYPE_CHECKING:
 def draw(
     measured: Iterable[Measured], kind: str, tasks: tuple[str, ...], monitor: str, where: str, into: Path
 ) -> list[Path]:
-    """Writes ``loss-<row>.png`` and ``confusion-<row>-<classes or task>.png`` for every row with a finished run.
+    """Writes ``loss-<row>.png`` and ``confusion-<row>-<classes or task>.png`` for every row with a finished run; of its
+    first seed ``tsne-<row>.png``, where its system names fused features, and ``labels-<row>.png`` and
+    ``cases-<row>.png``, where it generates labels.
 
     Args:
         kind: of labels, as in `mmsa_dist.metrics`. tasks: of classes. monitor: what chose the best epochs.
@@ -32,7 +39,38 @@ def draw(
             files.append(save(loss_curves(each, monitor, where), into / f"loss-{slug(each.name)}.png"))
             for classes, figure in confusions(each, kind, tasks, where).items():
                 files.append(save(figure, into / f"confusion-{slug(each.name)}-{classes}.png"))
+            for kind_of, figure in of_first_seed(each, where).items():
+                files.append(save(figure, into / f"{kind_of}-{slug(each.name)}.png"))
     return files
+
+
+def of_first_seed(measured: Measured, where: str) -> "dict[str, Figure]":
+    """Begin of the file's name -> picture of one run alone, the one with the lowest seed."""
+    seed, folder = min(measured.folders.items())
+    figures = {}
+    try:
+        points = fused.mapped(folder)
+    except Exception as error:  # of a system of somebody's own, say: a picture less is no failure
+        remarks.print(f"note: no t-SNE of {measured.name}: {first_line(str(error))}", soft_wrap=True)
+        points = None
+    if points is not None:
+        title = f"{measured.name} on {where}, seed {seed}\nfused features of the test split, t-SNE"
+        figures["tsne"] = fused.figure(points, title)
+    if shown := cases.kept(folder):
+        name = f"{measured.name} on {where}"
+        figures |= {"labels": cases.scatter(name, seed, shown), "cases": cases.picture(name, seed, shown)}
+    return figures
+
+
+def generated(measured: Iterable[Measured]) -> list[Grid]:
+    """Cases of generated labels, a table for each row that has some."""
+    grids = []
+    for each in measured:
+        if each.folders:
+            seed, folder = min(each.folders.items())
+            if shown := cases.kept(folder):
+                grids.append(cases.grid(each.name, seed, shown))
+    return grids
 
 
 def slug(name: str) -> str:

@@ -13,6 +13,7 @@ from mmsa_dist.recipe import Recipe
 from mmsa_dist.report import data_name
 from shards.progress import console
 from shards.suggest import counted
+from tune.papers import cases
 from tune.papers.measured import Measured, measure
 from tune.papers.page import Page
 from tune.papers.planned import Planned
@@ -121,7 +122,9 @@ def _connected(recipe: Recipe) -> int:
 
 
 def _close(run: Run) -> None:
-    """Records a run that is done, once. Its checkpoints go: thirty of BERT's would need 80 GB."""
+    """Records a run that is done, once. Its checkpoints go, but for the labels in them: thirty of BERT's would need
+    80 GB."""
+    cases.keep(run)
     if run.recipe.tracking.enabled:
         from tune.papers.recorded import record_run
 
@@ -132,20 +135,20 @@ def _close(run: Run) -> None:
 
 def _keep(planned: Planned, folder: Path, shown: Page, measured: Mapping[str, Measured]) -> None:
     """Writes the page and, where there are other runs than the last time, the pictures and MLflow's copy."""
+    from tune.papers.pictures import draw, generated
+
     summary = _summary(planned, shown, measured)
     known = run_folder.read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else None
     pictures = sorted((folder / "pictures").glob("*.png"))
     if known is None or known["rows"] != summary["rows"]:
-        from tune.papers.pictures import draw
-
         shutil.rmtree(folder / "pictures", ignore_errors=True)
         kind, tasks = session.kind_of(planned.index), tuple(planned.index.tasks)
         where = data_name({"data": planned.index.name, "synthetic": planned.index.synthetic})
         monitor = planned.launch.train.monitor
         pictures = draw(measured.values(), kind, tasks, monitor, where, folder / "pictures")
-    beside = [picture.relative_to(folder) for picture in pictures]
-    run_folder.write_text(folder / "table.md", markdown(shown, beside))
-    run_folder.write_text(folder / "table.html", html(shown, beside))
+    beside, grids = [picture.relative_to(folder) for picture in pictures], generated(measured.values())
+    run_folder.write_text(folder / "table.md", markdown(shown, beside, grids))
+    run_folder.write_text(folder / "table.html", html(shown, beside, grids))
     if known != {**summary, "recorded": True}:
         from tune.papers.recorded import record_reproduction
 
