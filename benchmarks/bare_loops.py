@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmsa_dist.checkpoint import step_folder
-from mmsa_dist.engine import count_parameters, deepspeed_config, imported, parameter_groups, schedule
+from mmsa_dist.engine import count_parameters, deepspeed_config, imported
+from mmsa_dist.learning_rates import parameter_groups, schedule
 from mmsa_dist.loop import seed_step
 from mmsa_dist.session import batch_spec, label_generator
 from mmsa_dist.systems import make_system

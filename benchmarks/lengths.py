@@ -84,7 +84,7 @@ class Trainer:
     """A system, its data and a plain loop."""
 
     def __init__(self, system: str, data: Path, words: list[str]) -> None:
-        from mmsa_dist.engine import parameter_groups
+        from mmsa_dist.learning_rates import parameter_groups
         from mmsa_dist.recipe import load_recipe
         from mmsa_dist.session import batch_spec, data_spec, label_generator, open_index
         from mmsa_dist.systems import get_system

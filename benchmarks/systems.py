@@ -156,7 +156,7 @@ class Job:
     def build(self) -> None:
         import torch
 
-        from mmsa_dist.engine import parameter_groups
+        from mmsa_dist.learning_rates import parameter_groups
         from mmsa_dist.session import label_generator
         from mmsa_dist.systems import get_system
 

@@ -248,7 +248,7 @@ def test_precisions_that_cannot_work_are_refused(ranks: Callable[..., Any]) -> N
 
 
 def schedules() -> None:
-    from mmsa_dist.engine import schedule
+    from mmsa_dist.learning_rates import schedule
 
     linear = schedule(OptimConfig(schedule="linear", warmup=0.1), 100)
     assert [linear(0), linear(9), linear(10)] == pytest.approx([0.1, 1.0, 1.0])

@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from mmsa_dist.config import GroupValues, OptimConfig
-from mmsa_dist.engine import parameter_groups
 from mmsa_dist.label_generators import make_generator
+from mmsa_dist.learning_rates import parameter_groups
 from mmsa_dist.systems import System, get_system, system_names
 from tests.mmsa_dist.batches import WIDTHS, build
 from tests.mmsa_dist.encoders import ARCHITECTURES, spec_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmsa_dist.config import OptimConfig
-from mmsa_dist.engine import parameter_groups
+from mmsa_dist.learning_rates import parameter_groups
 from mmsa_dist.systems import System
 from shards.batch import Batch
 from tests.mmsa_dist.batches import WIDTHS, build, loss_of, padded, ragged, rows, targets_of
