@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -156,7 +158,8 @@ class Room:
             if ":" in address:  # Ray itself would try for ten minutes
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            with _without_its_files():
+                ray.init(address, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TransientError(
@@ -175,6 +178,18 @@ class Room:
         """How many nodes' worth of resources the cluster has."""
         there = int(resources.get("CPU", 0) // self._options.cpus)
         return min(there, int(resources.get("GPU", 0) // self._options.gpus)) if self._options.gpus else there
+
+
+@contextmanager
+def _without_its_files() -> Iterator[None]:
+    """Without the working directory of the job: Ray removes it as soon as a process that has it leaves the cluster, and
+    so from under the command that comes next."""
+    told = os.environ.pop(IN_JOB, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            os.environ[IN_JOB] = told
 
 
 def _shape(shape: dict[str, int]) -> str:

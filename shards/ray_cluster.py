@@ -1,6 +1,7 @@
 """Joins a Ray cluster, or starts one on this machine; what goes wrong is said within seconds, in a sentence."""
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,9 @@ from shards.errors import ConfigError, TransientError
 
 LOCAL = "local"
 """The address that starts a cluster of our own on this machine."""
+
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set in the processes of a Ray job."""
 
 _TOO_SLOW = "timed out during startup"
 """Of Ray's message where a node that it starts is not up after 30 s, which on a loaded machine happens."""
@@ -83,6 +87,18 @@ def join(address: str, option: str, **settings: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process on the spot, with another exit code
+
+
+def leave(address: str) -> None:
+    """Leaves the cluster that `join` was called with; one of our own ends.
+
+    Within a job the process leaves as it ends: when one that has the job's working directory leaves, Ray removes that,
+    and with it the code and the relative paths of all that is still to be done.
+    """
+    import ray
+
+    if address == LOCAL or IN_JOB not in os.environ:
+        ray.shutdown()
 
 
 def _children() -> set[psutil.Process]:

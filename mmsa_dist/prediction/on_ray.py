@@ -146,7 +146,7 @@ def _cluster(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_cluster.leave(address)
 
 
 def _room(workers: int | None, device: str, address: str) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class OnRay:
         if busy:  # whoever still writes would put files into a folder that is being removed
             ray.wait(busy, num_returns=len(busy), timeout=_SECONDS)
         if self._ours:
-            ray.shutdown()
+            ray_cluster.leave(self._address)
 
     def work(self, pieces: tuple[Piece, ...], report: Report) -> Iterator[Record]:
         import ray

@@ -117,6 +117,15 @@ def test_no_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 60, "Ray itself would try for ten minutes"
 
 
+def test_the_jobs_files_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray removes the working directory of a job where a process that has it as its own leaves the cluster."""
+    told: list[str | None] = []
+    monkeypatch.setenv(IN_JOB, "{}")
+    monkeypatch.setattr("ray.init", lambda *address, **settings: told.append(os.environ.get(IN_JOB)))
+    Room(Run(address="auto"), 1, 1)._connect()
+    assert told == [None] and os.environ[IN_JOB] == "{}", "the command that comes next is of the job again"
+
+
 def test_nodes_are_counted_by_what_they_have() -> None:
     room = Room(Run(nodes="1:4", cpus=8, gpus=2), 1, 4)
     assert room._there({}) == 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shards import ray_cluster
+
 START = """
 import os
 from shards.ray_cluster import LOCAL, join
@@ -55,3 +57,19 @@ def test_a_node_that_hangs_while_it_starts_is_ended_and_started_again(tmp_path: 
     cpus, raylet = out.split()
     assert cpus == "1.0" and int(raylet) != hung.pid
     assert not hung.is_running(), "what was started in vain is still there"
+
+
+@pytest.mark.parametrize(
+    ("address", "in_job", "leaves"), [("auto", False, True), ("auto", True, False), (ray_cluster.LOCAL, True, True)]
+)
+def test_a_job_keeps_its_files_until_it_ends(
+    address: str, in_job: bool, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray removes the working directory of a job where a process that has it as its own leaves the cluster."""
+    left: list[int] = []
+    monkeypatch.setattr("ray.shutdown", lambda: left.append(1))
+    monkeypatch.delenv(ray_cluster.IN_JOB, raising=False)
+    if in_job:
+        monkeypatch.setenv(ray_cluster.IN_JOB, "{}")
+    ray_cluster.leave(address)
+    assert bool(left) == leaves
