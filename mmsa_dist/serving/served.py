@@ -1,7 +1,7 @@
 """A trained system behind MLflow's pyfunc interface.
 
 One row is one utterance: ``raw_text`` (or ``text`` features, or ``tokens``), ``audio`` and ``vision`` as lists of
-steps, each a list of numbers, or as a .npy file in base64, which takes less time to read; of these the columns that the
+steps, each a list of numbers, or as a .npy file in base64, a quarter as long; of these the columns that the
 model reads (its signature). Null or empty means that the utterance lacks it. The answer has one row an utterance:
 ``sentiment``, and ``sentiment_text`` … where the system predicts unimodal sentiment too. Of a model of classes a column
 for each, ``happy`` say: the probability, 0 to 1, that the utterance has it.
