@@ -56,6 +56,10 @@ class Run:
         """Waits until the run's rank 0 has finished `epoch`."""
         self.until(lambda event: event["event"] == "epoch" and event["epoch"] >= epoch, f"no epoch {epoch}")
 
+    def until_saved(self) -> None:
+        """Waits until a checkpoint of the run is whole; on a slow disk that is epochs after its step."""
+        self.until(lambda event: event["event"] == "saved", "no checkpoint")
+
     def until(self, seen: Callable[[dict[str, Any]], bool], what: str) -> None:
         """Waits for an event of the run's rank 0."""
         deadline = time.monotonic() + PATIENCE

@@ -23,6 +23,7 @@ def test_a_killed_rank_is_invisible(words: list[str], undisturbed: dict[str, Any
     """kill -9 of rank 1 in mid-run: started again from the last checkpoint, the same result to the bit."""
     run = Run(tmp_path, *words, "--workers", "2", "--launcher", "local")
     run.until_epoch(3)
+    run.until_saved()
     os.kill(run.pid(1), signal.SIGKILL)
     assert run.result() == undisturbed
     assert (
@@ -99,6 +100,7 @@ def test_ray_gives_the_same_and_survives_a_kill(words: list[str], undisturbed: d
     run = Run(tmp_path, *words, "--workers", "2", "--launcher", "ray")
     try:
         run.until_epoch(2)
+        run.until_saved()
         os.kill(run.pid(0), signal.SIGKILL)
         assert run.result() == undisturbed
         assert "starting again from the last checkpoint" in run.output
