@@ -136,6 +136,7 @@ def test_a_rank_that_stands_still_is_found(words: list[str], undisturbed: dict[s
     """SIGSTOP of rank 1: rank 0 waits for it in a collective, says where it stands, and all start again."""
     with started(tmp_path, *words, *TWO, "--launch.step-timeout", "4") as run:
         run.until_epoch(2)
+        run.until_saved()
         os.kill(run.pid(1), signal.SIGSTOP)
         assert run.result() == undisturbed
         assert "rank 0 stood still for" in run.output and "starting again from the last checkpoint" in run.output
