@@ -29,6 +29,9 @@ DECIDED = {
 }
 """Options of a command that the description decides -> by what."""
 
+STOP = 100
+"""Seconds that a job has to end in, once it was told to: for the step and the checkpoint. Ray's own is 3."""
+
 KEEPS_RUNS = ("train", "sweep", "reproduce")
 """Commands that write run folders."""
 
@@ -76,11 +79,6 @@ def command(description: Description) -> list[str]:
 def span(least: int, most: int) -> str:
     """``1:4``, or ``4`` where it is always as many."""
     return f"{most}" if least == most else f"{least}:{most}"
-
-
-def line(parts: list[str]) -> str:
-    """Words as a shell reads them."""
-    return shlex.join(parts)
 
 
 def folded(parts: list[str], indent: int, width: int = 110, end: str = "") -> str:

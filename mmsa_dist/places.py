@@ -60,9 +60,8 @@ def connect(recipe: Recipe, *, dashboard: bool = False) -> None:
     Raises:
         ConfigError: more workers than this machine has CPUs. TransientError: the address does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray_cluster.set_environment()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # `report` waits for the controller's poll
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

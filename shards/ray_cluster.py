@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -89,16 +90,40 @@ def join(address: str, option: str, **settings: Any) -> None:
         signal.signal(signal.SIGTERM, handler)  # Ray's own ends this process on the spot, with another exit code
 
 
-def leave(address: str) -> None:
-    """Leaves the cluster that `join` was called with; one of our own ends.
+@contextlib.contextmanager
+def joined(address: str, **settings: Any) -> Iterator[None]:
+    """Inside, this process is one of the cluster that ``--address`` names, or of one of our own, which ends with it.
+    Who has joined a cluster before stays in that.
 
     Within a job the process leaves as it ends: when one that has the job's working directory leaves, Ray removes that,
     and with it the code and the relative paths of all that is still to be done.
+
+    Args:
+        settings: as `join` takes them.
+
+    Raises:
+        ConfigError: it is no address. TransientError: the cluster does not answer, or cannot be started.
     """
+    set_environment()
     import ray
 
-    if address == LOCAL or IN_JOB not in os.environ:
-        ray.shutdown()
+    if ray.is_initialized():
+        yield
+        return
+    if address not in (LOCAL, "auto"):
+        check_listens(address, "--address")
+    join(address, "--ray", **settings, **({"include_dashboard": False} if address == LOCAL else {}))
+    try:
+        yield
+    finally:
+        if address == LOCAL or IN_JOB not in os.environ:
+            ray.shutdown()
+
+
+def set_environment() -> None:
+    """What Ray reads from the environment as it is imported, where nobody has set it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _children() -> set[psutil.Process]:

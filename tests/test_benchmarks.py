@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 import webdataset
 import yaml
 
-from benchmarks import parts, peer, prediction, real, render, serving, stall, steps, systems, training
+from benchmarks import parts, peer, prediction, real, render, serving, stall, startup, steps, systems, training
 from benchmarks import record as record_module
 from benchmarks.data import memory, resume
 from benchmarks.data.foreign import installed
@@ -382,6 +383,13 @@ def test_a_case_of_stall_is_a_recipe(case: stall.Case, tmp_path: Path) -> None:
     recipe = load_recipe(case.system, None, ["--data", str(stall.pack(tmp_path / "data", samples=30)), *case.words])
     assert (recipe.system, bool(recipe.text.encoder)) == (case.system, "encoder" in case.what)
     assert not recipe.text.encoder or recipe.text.finetune
+
+
+def test_the_bare_program_takes_a_step(tmp_path: Path) -> None:
+    """Two local ranks; the time that rank 0 writes down is after its start and before now."""
+    began = time.monotonic()
+    seconds = startup.bare_seconds("local", 2, tmp_path / "data")
+    assert 0 < seconds < time.monotonic() - began
 
 
 def test_the_bare_loops_learn_the_same(ranks: Callable[..., Any], tmp_path: Path) -> None:

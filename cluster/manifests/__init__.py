@@ -21,24 +21,24 @@ class Target:
     """Keys of the description that mean nothing here, told where they are set."""
 
 
+BY_RAY_UP = ("kubernetes", "slurm", "shared.claim")
+BY_KUBERAY = ("cloud", "slurm", "shared.nfs", "head.machine", "workers.machine", "token", "source")
+"""Keys that mean nothing there."""
+
 TARGETS: dict[str, Target] = {
-    "ray-up-aws": Target(
-        "cluster on EC2 for Ray's cluster launcher", "aws.yaml", ray_up.aws, ("kubernetes", "slurm", "shared.claim")
-    ),
-    "ray-up-gcp": Target(
-        "cluster on Google Compute Engine, likewise", "gcp.yaml", ray_up.gcp, ("kubernetes", "slurm", "shared.claim")
-    ),
+    "ray-up-aws": Target("cluster on EC2 for Ray's cluster launcher", "aws.yaml", ray_up.aws, BY_RAY_UP),
+    "ray-up-gcp": Target("cluster on Google Compute Engine, likewise", "gcp.yaml", ray_up.gcp, BY_RAY_UP),
     "kuberay-cluster": Target(
         "RayCluster for KubeRay, to submit commands to",
         "raycluster.yaml",
         kuberay.ray_cluster,
-        ("cloud", "slurm", "shared.nfs", "head.machine", "workers.machine", "token", "source"),
+        BY_KUBERAY,
     ),
     "kuberay-job": Target(
         "RayJob for KubeRay: a cluster for one command, gone when it has ended",
         "rayjob.yaml",
         kuberay.ray_job,
-        ("cloud", "slurm", "shared.nfs", "head.machine", "workers.machine", "token", "source"),
+        BY_KUBERAY,
     ),
     "slurm": Target(
         "batch script for Slurm's sbatch",

@@ -5,6 +5,7 @@ token itself, by reference to a Secret. Nothing listens outside the Kubernetes c
 address within it alone, and no ingress is made.
 """
 
+import shlex
 from importlib.metadata import version
 
 from cluster import job
@@ -18,8 +19,6 @@ CREDENTIALS = "/etc/mmsa-dist"
 """Where the Secret with a bucket's credentials is mounted."""
 OPENS = {"s3": "AWS_SHARED_CREDENTIALS_FILE", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
 """What tells the readers of a kind of bucket which file has its credentials."""
-STOP = 100
-"""Seconds that a job or a pod has to end in, once it was told to."""
 
 
 def ray_cluster(description: Description) -> str:
@@ -42,7 +41,7 @@ def ray_cluster(description: Description) -> str:
         f"#   kubectl port-forward --namespace {namespace} service/{d.name}-head-svc 8265",
         f"#   (umask 077; {token} >token)",
         "#   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$PWD/token",
-        f"#   mmsa-dist submit --address http://127.0.0.1:8265 -- {job.line(job.words(d))}",
+        f"#   mmsa-dist submit --address http://127.0.0.1:8265 -- {shlex.join(job.words(d))}",
         "#",
         *_notes(d),
     ]
@@ -208,7 +207,7 @@ def _pod(d: Description, *, head: bool) -> str:
         template:
           spec:
             @account
-            terminationGracePeriodSeconds: {STOP + 20}
+            terminationGracePeriodSeconds: {job.STOP + 20}
             securityContext:
               runAsNonRoot: true
               runAsUser: {USER}
@@ -232,7 +231,7 @@ def _pod(d: Description, *, head: bool) -> str:
                   failureThreshold: 60
                 env:
                   - {{name: RAY_USAGE_STATS_ENABLED, value: "0"}}
-                  - {{name: RAY_JOB_STOP_WAIT_TIME_S, value: "{STOP}"}}  # to finish the step and save
+                  - {{name: RAY_JOB_STOP_WAIT_TIME_S, value: "{job.STOP}"}}  # to finish the step and save
                   - {{name: MMSA_CACHE, value: /cache}}
                   - {{name: MMSA_CACHE_BYTES, value: {d.cache_gib}G}}
                   @mlflow

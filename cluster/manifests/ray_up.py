@@ -16,8 +16,6 @@ TOKEN = "~/.ray/auth_token"
 EFS = "nfsvers=4.1,rsize=1048576,wsize=1048576,hard,timeo=600,retrans=2,noresvport"
 FILESTORE = "hard,timeo=600,retrans=3"
 """How the clouds' own NFS is to be mounted, as they say."""
-STOP = 100
-"""Seconds that a job has to end in, once it was told to; Ray's own is 3."""
 
 
 def aws(description: Description) -> str:
@@ -272,14 +270,14 @@ def _commands(d: Description, mount: str, library: str) -> list[str]:
         "RAY_AUTH_MODE=token",
         f"RAY_AUTH_TOKEN_PATH={TOKEN.replace('~', '$HOME')}",
         "RAY_USAGE_STATS_ENABLED=0",
-        f"RAY_JOB_STOP_WAIT_TIME_S={STOP}",
+        f"RAY_JOB_STOP_WAIT_TIME_S={job.STOP}",
         f"MMSA_CACHE_BYTES={d.cache_gib}G",
         *([f"MLFLOW_TRACKING_URI={d.mlflow}"] if d.mlflow else []),
     ]
     export = f"export {' '.join(environment)}"
     return [
         *lines,
-        comment(f"A job that is stopped has {STOP} s to finish its step and to save."),
+        comment(f"A job that is stopped has {job.STOP} s to finish its step and to save."),
         "head_start_ray_commands:",
         "  - ray stop",
         "  - >-",

@@ -1,13 +1,13 @@
 """One batch script for Slurm: starts a Ray head and its workers by srun, waits, submits, ends with the job's code."""
 
+import shlex
+
 from cluster import job
 from cluster.description import Description
 from cluster.errors import ConfigError
 
 NOTICE = 120
 """Seconds before its time is up that the script is told, so that the run can be saved."""
-STOP = 100
-"""Seconds that a job has to end in, once it was told to; Ray's own is 3."""
 
 
 def script(description: Description) -> str:
@@ -79,12 +79,12 @@ def _setup(d: Description) -> str:
 def _body(d: Description) -> str:
     gpus = f" --num-gpus={d.workers.gpus}" if d.workers.gpus else ""
     interval = f"# {why}\n" if (why := job.why_so_often(d)) else ""
-    mlflow = f"export MLFLOW_TRACKING_URI={job.line([d.mlflow])}\n" if d.mlflow else ""
+    mlflow = f"export MLFLOW_TRACKING_URI={shlex.join([d.mlflow])}\n" if d.mlflow else ""
     words = job.words(d, nodes="@nodes@")
     command = job.folded(words, 4, end=" \\").replace("@nodes@", f'"{d.workers.least}:$count"')
     return _BODY.format(
-        python=job.line([d.slurm.python]),
-        runs=job.line([d.runs]),
+        python=shlex.join([d.slurm.python]),
+        runs=shlex.join([d.runs]),
         cpus=d.workers.cpus,
         gpus=gpus,
         no_kill=" --no-kill" if d.workers.least < d.workers.most else "",
@@ -92,7 +92,7 @@ def _body(d: Description) -> str:
         cache=d.cache_gib,
         interval=interval,
         command=command,
-        stop=STOP,
+        stop=job.STOP,
         late=NOTICE + 60,
         requeues=d.slurm.requeues,
         name=d.name,

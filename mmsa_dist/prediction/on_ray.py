@@ -7,10 +7,9 @@ of what was done before a driver died; that is `kept`.
 """
 
 import logging
-import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,9 @@ def predict_parts(
     """
     left = [part for part in parts if part.number not in kept.done]
     by_number = {part.number: part for part in left}
-    with _cluster(address):
+    settings: dict[str, Any] = {"num_cpus": places.own_cpus()} if address == LOCAL else {}
+    settings["runtime_env"] = {"env_vars": {**places.RANK_ENVIRONMENT, "OMP_NUM_THREADS": "1"}}
+    with ray_cluster.joined(address, **settings):
         import ray
 
         pool, gpus = _room(workers, device, address)
@@ -126,27 +127,6 @@ def _answers(left: Sequence[Part], order: Order, pool: int, gpus: int) -> Genera
             f"a process that predicts was lost, {1 + RETRIES} times ({reason}); what is finished is kept: give the "
             "same command again, with fewer --workers or a smaller --batch-size where memory was short"
         ) from error
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[None]:
-    """Inside, this process has joined the cluster; one that it has started ends with it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    if address not in (LOCAL, "auto"):
-        ray_cluster.check_listens(address, "--address")
-    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": places.own_cpus()} if address == LOCAL else {}
-    environment = {**places.RANK_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    ray_cluster.join(address, "--ray", runtime_env={"env_vars": environment}, **own)
-    try:
-        yield
-    finally:
-        ray_cluster.leave(address)
 
 
 def _room(workers: int | None, device: str, address: str) -> tuple[int, int]:

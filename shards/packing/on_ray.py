@@ -13,7 +13,6 @@ from shards.half import worth_torch
 from shards.packing.job import Job, Piece
 from shards.packing.processes import InOrder, LostError, attempt
 from shards.packing.shard import Record, Report, make
-from shards.ray_cluster import LOCAL
 from shards.sources import Source
 from shards.workspace import JOB
 
@@ -35,12 +34,12 @@ class OnRay:
     """
 
     def __init__(self, job: Job, folder: Path, address: str, stored_bytes: int) -> None:
-        self._job, self._folder, self._address, self._stored_bytes = job, folder, address, stored_bytes
-        self._ours = False
+        self._job, self._folder, self._stored_bytes = job, folder, stored_bytes
+        self._cluster = ray_cluster.joined(address)
         self._busy: dict[Any, int] = {}  # task -> number of its piece
 
     def __enter__(self) -> Self:
-        self._ours = _connect(self._address)
+        self._cluster.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -51,8 +50,7 @@ class OnRay:
             ray.cancel(task)
         if busy:  # whoever still writes would put files into a folder that is being removed
             ray.wait(busy, num_returns=len(busy), timeout=_SECONDS)
-        if self._ours:
-            ray_cluster.leave(self._address)
+        self._cluster.__exit__(None, None, None)
 
     def work(self, pieces: tuple[Piece, ...], report: Report) -> Iterator[Record]:
         import ray
@@ -131,24 +129,6 @@ def _unpacked(reference: Any) -> Source:
     import ray
 
     return cast(Source, ray.get(reference))
-
-
-def _connect(address: str) -> bool:
-    """Joins the cluster, or starts one here; whether this process is now to leave it again.
-
-    Raises:
-        ConfigError: the address is none. TransientError: it does not answer.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        return False
-    if address not in (LOCAL, "auto"):
-        ray_cluster.check_listens(address, "--address")
-    ray_cluster.join(address, "--ray", **({"include_dashboard": False} if address == LOCAL else {}))
-    return True
 
 
 def _line(error: BaseException) -> str:

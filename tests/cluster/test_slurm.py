@@ -83,15 +83,19 @@ exit "${STOPPED:-143}"
 """
 
 
-@pytest.fixture
-def batch(tmp_path: Path) -> Batch:
+def standing_in(place: Path, command: str, nodes: int = 2) -> Batch:
     """The script with stand-ins for Ray and for us as well: what it decides by itself takes no seconds."""
-    folder = tmp_path / "bin"
+    folder = place / "bin"
     folder.mkdir()
     program(folder / "python", MMSA)
     program(folder / "ray", RAY.replace("PYTHON", sys.executable))
-    parts = {"command": "train mult --data /d", "shared": {"path": str(tmp_path / "all")}}
-    return Batch(tmp_path, here(str(folder / "python"), **parts))
+    parts = {"command": command, "shared": {"path": str(place / "all")}}
+    return Batch(place, here(str(folder / "python"), **parts), nodes)
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    return standing_in(tmp_path, "train mult --data /d")
 
 
 def until(seen: Callable[[], object], seconds: float = 60) -> None:
@@ -144,12 +148,7 @@ def test_a_head_that_ends_while_it_starts_is_said(batch: Batch) -> None:
 
 
 def test_one_node_needs_no_workers(tmp_path: Path) -> None:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program(folder / "python", MMSA)
-    program(folder / "ray", RAY.replace("PYTHON", sys.executable))
-    parts = {"command": "verify /d", "shared": {"path": str(tmp_path / "all")}}
-    batch = Batch(tmp_path, here(str(folder / "python"), **parts), nodes=1)
+    batch = standing_in(tmp_path, "verify /d", nodes=1)
     assert ended(batch.start(ENDS="0"), 60) == 0
     assert len([call for call in batch.calls if call.startswith("srun")]) == 1
     assert batch.left() == []

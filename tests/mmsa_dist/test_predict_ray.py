@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.mmsa_dist import runs
 from tests.mmsa_dist.classifier import CLASSIFIER
 from tests.mmsa_dist.conftest import Tracked, free_port
 from tests.mmsa_dist.test_predict_cli import mmsa_pickle, read
+from tests.processes import lives, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -153,17 +153,6 @@ def started(*command: str) -> subprocess.Popen[str]:
     """The command in a process of its own, with a cluster of its own."""
     whole = [sys.executable, "-m", "mmsa_dist", "predict", *command]
     return subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_until(ready: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture(scope="module")

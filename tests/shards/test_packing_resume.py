@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from shards.sources.generated import GeneratedSource
 from shards.utterance import Utterance
 from shards.workspace import DONE, JOB
 from shards.write import pack
+from tests.processes import lives, wait_until
 
 pytestmark = pytest.mark.fault
 
@@ -43,17 +43,6 @@ def left_of(out: Path) -> Path:
     """The only workspace beside `out`."""
     (left,) = out.parent.glob(f".{out.name}.packing-*")
     return left
-
-
-def wait_until(ready: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def lives(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture(scope="module")

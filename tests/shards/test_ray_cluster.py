@@ -67,9 +67,11 @@ def test_a_job_keeps_its_files_until_it_ends(
 ) -> None:
     """Ray removes the working directory of a job where a process that has it as its own leaves the cluster."""
     left: list[int] = []
+    monkeypatch.setattr("ray.init", lambda **settings: None)
     monkeypatch.setattr("ray.shutdown", lambda: left.append(1))
     monkeypatch.delenv(ray_cluster.IN_JOB, raising=False)
     if in_job:
         monkeypatch.setenv(ray_cluster.IN_JOB, "{}")
-    ray_cluster.leave(address)
+    with ray_cluster.joined(address):
+        assert not left
     assert bool(left) == leaves

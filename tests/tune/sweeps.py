@@ -9,21 +9,35 @@ from tune.space import Space
 
 REPOSITORY = Path(__file__).parents[2]
 
-SPACE = """
+RATES = """
 system: ufen_mtfn
 learning rates:
   optim.lr.audio, optim.lr.vision, optim.lr.rest:
     choice: [5.0e-3, 1.0e-8]
     source: "one that learns, one that does not: ASHA has something to stop"
+"""
+
+SPACE = f"""{RATES}
 network:
-  model.layers: {choice: [2, 1], source: "paper, table 7"}
-  optim.accumulation: {choice: [1, 40], source: "40 micro-batches of 8 samples cannot be: such a trial fails"}
+  model.layers: {{choice: [2, 1], source: "paper, table 7"}}
+  optim.accumulation: {{choice: [1, 40], source: "40 micro-batches of 8 samples cannot be: such a trial fails"}}
 """
 
 
 def clean() -> dict[str, str]:
     """The environment of a sweep in a process of its own, in whatever folder."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"}
+
+
+def in_mlflow(folder: Path, uri: str | None = None) -> tuple[Any, Any, list[Any]]:
+    """A client of the store of the sweep in `folder` (at `uri`, where that is another now), its run, its trials' runs."""
+    from mmsa_dist.tracking import Link, store
+
+    parent = Link.load(folder)
+    assert parent is not None
+    client = store.connect(uri or parent.uri)
+    runs = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    return client, client.get_run(parent.run_id), list(runs)
 
 
 def tiny(path: Path, /, **changes: dict[str, Any]) -> Recipe:

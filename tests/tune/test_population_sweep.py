@@ -13,6 +13,7 @@ from mmsa_dist import launch, run_folder, train
 from mmsa_dist.recipe import load_recipe, read_recipe
 from mmsa_dist.report import epoch_events
 from shards.index import Index
+from tests.tune.sweeps import in_mlflow
 from tests.tune.test_sweep_resume import Sweep, starts
 from tune.outcome import DONE, INTERRUPTED, STOPPED, Outcome
 
@@ -183,12 +184,7 @@ def test_the_winner_was_chosen_on_validation_and_only_it_was_tested(bred: Bred) 
 
 
 def test_mlflow_shows_every_trial_with_all_its_epochs_and_where_it_comes_from(bred: Bred) -> None:
-    from mmsa_dist.tracking import Link, store
-
-    parent = Link.load(bred.sweep.folder)
-    assert parent is not None
-    client = store.connect(parent.uri)
-    runs = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    client, whole, runs = in_mlflow(bred.sweep.folder)
     assert len(runs) == 5 and {run.info.status for run in runs} == {"FINISHED"}
     by_name = {run.info.run_name: run for run in runs}
     for each in bred.outcomes:
@@ -200,5 +196,5 @@ def test_mlflow_shows_every_trial_with_all_its_epochs_and_where_it_comes_from(br
         assert each.values[RATE] in rates
         if each.origin:
             assert run.data.tags["sweep.from"] == f"trial {each.origin[0]}, epoch {each.origin[1]}"
-    files = {file.path for file in client.list_artifacts(parent.run_id)}
+    files = {file.path for file in client.list_artifacts(whole.info.run_id)}
     assert {"rates.csv", "population.json", "best.yaml"} <= files

@@ -18,7 +18,7 @@ import yaml
 from mmsa_dist import run_folder
 from mmsa_dist.report import epoch_events
 from tests.mmsa_dist.conftest import Process, Wire, free_port, tracking_server
-from tests.tune.sweeps import clean
+from tests.tune.sweeps import RATES, clean, in_mlflow
 from tune.outcome import DONE, STOPPED, Outcome, read_outcomes
 
 pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
@@ -26,14 +26,9 @@ pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
 PATIENCE = 900.0
 EPOCHS, TRIALS = 100, 6
 
-SPACE = """
-system: ufen_mtfn
-learning rates:
-  optim.lr.audio, optim.lr.vision, optim.lr.rest:
-    choice: [5.0e-3, 1.0e-8]
-    source: "one that learns, one that does not: ASHA has something to stop"
+SPACE = f"""{RATES}
 optimizer:
-  optim.clip: {choice: [0.0, 1.0, 2.0], source: "three of each"}
+  optim.clip: {{choice: [0.0, 1.0, 2.0], source: "three of each"}}
 """
 
 SWEEP = """
@@ -183,11 +178,7 @@ def test_training_goes_on_whatever_happens_to_the_server(hit: Hit) -> None:
 
 
 def test_nothing_is_lost_and_all_runs_are_whole_afterwards(hit: Hit) -> None:
-    from mmsa_dist.tracking import Link, store
-
-    client, parent = store.connect(hit.uri), Link.load(hit.folder)
-    assert parent is not None
-    runs = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    client, whole, runs = in_mlflow(hit.folder, hit.uri)
     by_name = {run.info.run_name: run for run in runs}
     assert by_name.keys() == {each.folder.name for each in hit.outcomes}
     for each in hit.outcomes:
@@ -201,9 +192,8 @@ def test_nothing_is_lost_and_all_runs_are_whole_afterwards(hit: Hit) -> None:
         assert run.info.status == "FINISHED" and run.data.tags["sweep.status"] == each.status
         assert run.data.metrics["best_valid_mae"] == pytest.approx(each.best)
         assert not (each.folder / "mlflow-spill.jsonl").exists()
-    whole = client.get_run(parent.run_id)
     assert whole.info.status == "FINISHED" and "test_mae" in whole.data.metrics
-    assert {"best.yaml", "trials.csv"} <= {file.path for file in client.list_artifacts(parent.run_id)}
+    assert {"best.yaml", "trials.csv"} <= {file.path for file in client.list_artifacts(whole.info.run_id)}
     assert len(client.search_model_versions("name = 'ufen_mtfn'")) == 1
 
 

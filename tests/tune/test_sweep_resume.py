@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mmsa_dist import run_folder
-from tests.tune.sweeps import clean
+from tests.tune.sweeps import clean, in_mlflow
 from tune.outcome import DONE, INTERRUPTED, Outcome, read_outcomes
 
 pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
@@ -211,16 +211,10 @@ def test_the_best_recipe_was_trained_with_two_seeds_and_each_was_tested(survived
 
 
 def test_mlflow_shows_a_whole_sweep(survived: Survived) -> None:
-    from mmsa_dist.tracking import Link, store
-
-    parent = Link.load(survived.sweep.folder)
-    assert parent is not None
-    client = store.connect(parent.uri)
-    runs = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    client, whole, runs = in_mlflow(survived.sweep.folder)
     assert len(runs) == 5 and {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         assert len({point.step for point in client.get_metric_history(run.info.run_id, "valid_mae")}) == EPOCHS
-    whole = client.get_run(parent.run_id)
     assert whole.info.status == "FINISHED" and whole.data.metrics["test_mae_std"] >= 0
-    assert {f.path for f in client.list_artifacts(parent.run_id, "pictures")} >= {"pictures/sweep.html"}
+    assert {f.path for f in client.list_artifacts(whole.info.run_id, "pictures")} >= {"pictures/sweep.html"}
     assert len(client.search_model_versions("name = 'ufen_mtfn'")) == 1
