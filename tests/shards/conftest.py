@@ -14,11 +14,11 @@ def _own_ray() -> Iterator[str]:
     """The address of a cluster that this process has joined: what it packs on Ray meanwhile, it packs there."""
     import ray
 
-    from shards.packing.on_ray import _connect
+    from shards.ray_cluster import LOCAL, joined
 
-    assert _connect("local")
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    assert not ray.is_initialized(), "another test has not left its cluster"
+    with joined(LOCAL):
+        yield str(ray.get_runtime_context().gcs_address)
 
 
 own_ray = pytest.fixture(_own_ray, scope="module")

@@ -30,7 +30,7 @@ def clean() -> dict[str, str]:
 
 
 def in_mlflow(folder: Path, uri: str | None = None) -> tuple[Any, Any, list[Any]]:
-    """A client of the store of the sweep in `folder` (at `uri`, where that is another now), its run, its trials' runs."""
+    """A client of the store of the sweep in `folder` (at `uri`, where that is another now), its run, and its trials."""
     from mmsa_dist.tracking import Link, store
 
     parent = Link.load(folder)
