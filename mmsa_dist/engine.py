@@ -24,6 +24,7 @@ from mmsa_dist.config import EngineConfig, OptimConfig
 from mmsa_dist.diagnosis import ELSEWHERE
 from mmsa_dist.errors import ConfigError, TrainingError
 from mmsa_dist.learning_rates import parameter_groups, rate_of, schedule
+from mmsa_dist.reduction import Reduction
 from mmsa_dist.systems.base import Losses, Prediction, System
 from shards.batch import Batch
 
@@ -123,6 +124,8 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        self._reduction = Reduction(system) if config.zero == 0 else None
+        self.engine.enable_backward_allreduce = self._reduction is None
         if state is not None:
             portable.load_optimizer(self.engine, system, self.stage, state)
         self.steps = 0 if state is None else state.step
@@ -164,7 +167,7 @@ class Engine:
             total = row if total is None else total + row
             predictions.append(prediction)
             last = i == len(batches) - 1
-            self.engine.backward(losses.total)
+            self._backward(losses.total, last=last)
             if last:
                 answers = torch.tensor(asks, dtype=torch.float32, device=total.device)
                 values = self._agree(torch.cat([total / len(batches), answers]), batches)
@@ -197,10 +200,11 @@ class Engine:
                 means = self._rehearse(batches, loss_of) if self.system.weighs_terms and len(batches) > 1 else None
                 predictions = []  # a step keeps them
                 for i, batch in enumerate(batches):
-                    self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+                    last = i == len(batches) - 1
+                    self.engine.set_gradient_accumulation_boundary(last)
                     prediction, losses = self._losses(batch, loss_of, means)
                     predictions.append(prediction)
-                    self.engine.backward(losses.total)
+                    self._backward(losses.total, last=last)
             del moments
         portable.forget_gradients(self.engine, self.stage)
         with torch.no_grad():
@@ -251,6 +255,8 @@ class Engine:
 
     def close(self) -> None:
         """Frees DeepSpeed's hooks; ZeRO-3 may abort at exit otherwise."""
+        if self._reduction is not None:
+            self._reduction.close()
         self.engine.destroy()
         if self._beside is not None:
             dist.destroy_process_group(self._beside)
@@ -258,6 +264,12 @@ class Engine:
     def _losses(self, batch: Batch, loss_of: LossOf, means: Tensor | None) -> tuple[Prediction, Losses]:
         prediction = self._forward(batch)
         return prediction, self._within_step(loss_of(prediction, batch), means)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        if self._reduction is None:
+            self.engine.backward(loss)
+        else:
+            self._reduction.backward(self.engine.backward, loss, last=last)
 
     def _forward(self, batch: Batch) -> Prediction:
         batch = batch.to(self.device)

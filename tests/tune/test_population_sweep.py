@@ -17,7 +17,7 @@ from tests.tune.sweeps import in_mlflow
 from tests.tune.test_sweep_resume import Sweep, starts
 from tune.outcome import DONE, INTERRUPTED, STOPPED, Outcome
 
-pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
+pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray, pytest.mark.slow]
 
 LOW, HIGH = 1e-6, 2e-2
 SPACE = f"""

@@ -21,7 +21,7 @@ from tests.mmsa_dist.conftest import Process, Wire, free_port, tracking_server
 from tests.tune.sweeps import RATES, clean, in_mlflow
 from tune.outcome import DONE, STOPPED, Outcome, read_outcomes
 
-pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
+pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE = 900.0
 EPOCHS, TRIALS = 100, 6
