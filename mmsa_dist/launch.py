@@ -279,6 +279,7 @@ def train_function(config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     import ray.train
 
+    from mmsa_dist import exported
     from mmsa_dist.worker import record_failure, run_rank
 
     context = ray.train.get_context()
@@ -298,9 +299,11 @@ def train_function(config: dict[str, Any]) -> None:
     if not recipe.launch.gpus_per_worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rank without a GPU of its own takes nobody else's
     folder, rank = Path(config["folder"]), context.get_world_rank()
+    world, told = context.get_world_size(), report if config["report"] else None
     requests = stopping.Requests(folder, rank, config["until"])
+    exporter = partial(exported.of_rank, recipe, folder, rank, world)
     with suppress(StoppedError):  # the driver reads it in the run's folder; Ray would take it for a failure
-        run_rank(folder, recipe, rank, context.get_world_size(), report if config["report"] else None, requests)
+        run_rank(folder, recipe, rank, world, told, requests, exporter)
 
 
 UNCOMPARED = ("ray", "mlflow")

@@ -7,7 +7,7 @@ A rank books as it goes, and says what it has booked with every event, so that l
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +73,12 @@ class Ledger:
         self._turn(self._name)
         return {name: round(seconds, 4) for name, seconds in self._seconds.items()}
 
+    def seen(self) -> dict[str, float]:
+        """The same, for another thread; books nothing. What is turned over meanwhile may be missed until the next."""
+        seconds, name, since = self._seconds.copy(), self._name, self._since
+        seconds[name] = seconds.get(name, 0.0) + max(0.0, self._clock() - since)
+        return seconds
+
     def _turn(self, name: str) -> str:
         now = self._clock()
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._since
@@ -122,9 +128,33 @@ class Account:
 
 def account(folder: Path) -> Account:
     """What the events of the run in `folder` say, of its driver and of rank 0."""
-    ranks = [event for event in run_folder.read_events(folder) if "booked" in event]
-    attempts: list[tuple[float, float, bool]] = []
-    """Begin, end, and whether the driver has begun anew before."""
+    ranks = _of_ranks(folder)
+    return _account(ranks, _attempts(folder, ranks))
+
+
+def earlier(folder: Path) -> tuple[Account, float | None]:
+    """The same of all attempts before the one that goes on, and since when that one's time counts, in Unix time: from
+    the end of the one before, where the same driver began both. None where no driver has said that it began."""
+    ranks = _of_ranks(folder)
+    attempts = _attempts(folder, ranks)
+    past = _account(ranks, attempts[:-1])
+    if not attempts:
+        return past, None
+    begun, _, resumed = attempts[-1]
+    since = begun if resumed or len(attempts) == 1 else attempts[-2][1]
+    return replace(past, restarts=len(attempts) - 1), since
+
+
+Attempt = tuple[float, float, bool]
+"""Begin, end, and whether the driver has begun anew before."""
+
+
+def _of_ranks(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in run_folder.read_events(folder) if "booked" in event]
+
+
+def _attempts(folder: Path, ranks: list[dict[str, Any]]) -> list[Attempt]:
+    attempts: list[Attempt] = []
     driver = run_folder.read_events(folder, None)
     for event, after in pairwise([*driver, None]):
         assert event is not None
@@ -137,6 +167,10 @@ def account(folder: Path) -> Account:
             until = after["time"] if after is not None else float("inf")
             end = max((e["time"] for e in ranks if begun <= e["time"] < until), default=begun)
         attempts.append((begun, end, event["resumed"]))
+    return attempts
+
+
+def _account(ranks: list[dict[str, Any]], attempts: list[Attempt]) -> Account:
     seconds = dict.fromkeys(NAMES, 0.0)
     for number, (begun, end, resumed) in enumerate(attempts):
         if number and not resumed:
@@ -147,7 +181,7 @@ def account(folder: Path) -> Account:
     return Account(_wall(attempts), seconds, max(0, len(attempts) - 1))
 
 
-def _wall(attempts: list[tuple[float, float, bool]]) -> float:
+def _wall(attempts: list[Attempt]) -> float:
     wall = sum(end - begun for begun, end, _ in attempts)
     return wall + sum(after[0] - before[1] for before, after in pairwise(attempts) if not after[2])
 

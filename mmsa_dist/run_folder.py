@@ -13,7 +13,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -168,10 +168,16 @@ class Events:
     Args:
         rank: None for the driver.
         booked: gives what is told with every event of where the time went (`ledger`).
+
+    Attributes:
+        place: epoch and step of it where training stands, for other threads; None before the first step.
+        kept: when the newest checkpoint was taken, in Unix time; None where none was.
     """
 
     def __init__(self, folder: Path, rank: int | None, booked: Callable[[], dict[str, float]] | None = None) -> None:
         self.rank, self._booked = rank, booked
+        self.place: tuple[int, int] | None = None
+        self.kept: float | None = None
         self._last: float | None = None
         self._lost = False
         self._file: TextIO = events_file(folder, rank).open("a", encoding="utf-8")
@@ -179,8 +185,10 @@ class Events:
     def write(self, event: str, **values: Any) -> None:
         if self._booked:
             values["booked"] = self._booked()
+        told = {"event": event, "time": time.time(), **values}
+        self.kept = taken(told) or self.kept
         try:
-            self._file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
+            self._file.write(json.dumps(told) + "\n")
             self._file.flush()
         except OSError as error:
             if not self._lost:
@@ -189,7 +197,7 @@ class Events:
 
     def step(self, epoch: int, step: int, of: int, loss: float) -> None:
         """Where training stands: the first step, then at most two a second."""
-        now = time.monotonic()
+        now, self.place = time.monotonic(), (epoch, step)
         if self._last is None:
             self.write("first_step", epoch=epoch, step=step, of=of, loss=loss)
         elif now - self._last >= 0.5 or step == of:
@@ -201,6 +209,11 @@ class Events:
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
+
+
+def taken(event: Mapping[str, Any]) -> float | None:
+    """When the checkpoint was taken that `event` says is on the disk; None of any other event."""
+    return float(event["time"] - event.get("seconds", 0.0)) if event["event"] == "saved" else None
 
 
 def events_file(folder: Path, rank: int | None) -> Path:

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,8 +38,12 @@ def run_rank(
     world: int,
     report: "Report | None" = None,
     requests: Requests | None = None,
+    exporter: "Callable[[run_folder.Events, Ledger], AbstractContextManager[object]] | None" = None,
 ) -> dict[str, Any]:
     """Trains as rank `rank` of `world`, in a process group that exists already.
+
+    Args:
+        exporter: gives what shows the rank to others meanwhile, by what it notes itself.
 
     Raises:
         StoppedError: the run was asked to end, and is saved.
@@ -53,6 +58,8 @@ def run_rank(
     try:
         with told:
             readers.enter_context(watch)
+            if exporter is not None:
+                readers.enter_context(exporter(events, ledger))
             take_cores(recipe.launch.cpus_per_worker)
             from mmsa_dist.loop import fit
             from mmsa_dist.session import open_session

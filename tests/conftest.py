@@ -35,6 +35,7 @@ LONGEST = (
     "test_reproduce",
     "test_laws",
     "test_submit",
+    "test_seeing",
     "test_engine",
     "test_text_ranks",
     "test_demo",

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mmsa_dist import run_folder
+from mmsa_dist import exported, run_folder
 from mmsa_dist.report import LABELS, value_text
 from shards.progress import console
 from tune.outcome import (
@@ -55,9 +55,11 @@ class Watch(Callback):
         self._running: dict[Path, Outcome] = {}
         self._ended: list[Outcome] = []
         self._began, self._just_ended = time.monotonic(), 0
+        self._exporter: exported.Exporter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None}  # Tune keeps a copy of its callbacks on disk; this is of this terminal
+        own: dict[str, Any] = {"_live": None, "_exporter": None}
+        return {**self.__dict__, **own}  # Tune keeps a copy of its callbacks on disk; these are of this process
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -65,11 +67,15 @@ class Watch(Callback):
         if console.is_terminal:
             self._live = Live(get_renderable=self.shown, console=console, refresh_per_second=PER_SECOND, transient=True)
             self._live.start()
+        self._exporter = exported.Exporter(self.states, sweep=self.trials_dir.parent.name)
+        self._exporter.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._live is not None:
             self._live.stop()
+        if self._exporter is not None:
+            self._exporter.__exit__(*exception)
         self._reserved.release_all()
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
@@ -132,6 +138,14 @@ class Watch(Callback):
         if left := self.seconds_left():
             said.append(f"about {_duration(left)} left")
         return " · ".join(said)
+
+    def states(self) -> exported.Told:
+        """How many trials are in which state, for Prometheus; called in a thread."""
+        running, ended = len(self._running), list(self._ended)
+        for state, status in (("done", DONE), ("stopped", STOPPED), ("failed", FAILED)):
+            yield "mmsa_dist_trials", {"state": state}, sum(each.status == status for each in ended)
+        yield "mmsa_dist_trials", {"state": "running"}, running
+        yield "mmsa_dist_trials", {"state": "waiting"}, max(0, self.trials - running - len(ended))
 
     def seconds_left(self) -> float | None:
         """By the pace of the trials that have ended since this driver began; None before the first."""

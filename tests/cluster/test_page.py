@@ -58,6 +58,7 @@ def test_what_is_marked_names_files_that_are_written(tmp_path: Path) -> None:
     programs = {words[0] for words in lines(marked=True)}
     assert programs == {
         *("docker", "helm", "openssl", "kubectl", "ray", "export", "mmsa-dist", "sbatch", "tail", "scancel"),
+        *("prometheus", "cp", "grafana"),
     }
     ray = Path(sys.executable).parent / "ray"
     done = subprocess.run([ray, "--help"], capture_output=True, text=True, timeout=300, check=True)

@@ -17,7 +17,7 @@ from tests.tune.sweeps import SPACE, clean
 from tune.outcome import DONE, FAILED, STOPPED, Outcome, read_outcomes, winner
 
 SWEEP = """
-import json, sys, time
+import json, re, sys, threading, time, urllib.request
 
 import ray
 
@@ -26,12 +26,33 @@ quiet = {"logging_level": "error", "log_to_driver": False}
 ray.init("local", num_cpus=2, include_dashboard=False, **quiet)
 from tune.sweep import main
 
+node, told, over = ray.nodes()[0], set(), threading.Event()
+address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
+def scrape():
+    while not over.wait(1):
+        try:
+            text = urllib.request.urlopen(address, timeout=10).read().decode()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            if line.startswith(("ray_mmsa_dist_trials{", "ray_mmsa_dist_epoch{")):
+                labels = dict(re.findall(r'(run|sweep|state)="([^"]*)"', line))
+                told.add((labels["sweep"], labels.get("state") or labels["run"], float(line.rpartition(" ")[2]) > 0))
+
+
+scraping = threading.Thread(target=scrape)
+scraping.start()
 code = main(sys.argv[1:])
+over.set()
+scraping.join()
 
 total, began = ray.cluster_resources()["CPU"], time.monotonic()
 while ray.available_resources().get("CPU", 0.0) < total and time.monotonic() - began < 60:
     time.sleep(0.5)
-print(json.dumps({"code": code, "cpus": total, "free": ray.available_resources().get("CPU", 0.0)}))
+free = ray.available_resources().get("CPU", 0.0)
+print(json.dumps({"code": code, "cpus": total, "free": free, "told": sorted(told)}))
 """
 
 
@@ -99,6 +120,16 @@ def test_all_trials_ran_and_each_left_a_run_folder(swept: Swept) -> None:
             recipe = yaml.safe_load((outcome.folder / "recipe.yaml").read_text())
             assert recipe["optim"]["lr"]["audio"] == outcome.values["optim.lr.audio"]
             assert recipe["model"]["layers"] == outcome.values["model.layers"]
+
+
+@ray
+def test_prometheus_is_told_of_trials_and_of_their_runs(swept: Swept) -> None:
+    """Of the sweep's driver how many are in which state; of each trial's rank how far it is, with the sweep's name."""
+    told = {(name, positive) for sweep, name, positive in swept.after["told"] if sweep == swept.folder.name}
+    states = {"running", "waiting", "done", "stopped", "failed"}
+    assert states <= {name for name, _ in told}, "a state that no trial is in is told as 0"
+    assert ("running", True) in told
+    assert {name for name, _ in told} & {outcome.folder.name for outcome in swept.outcomes}
 
 
 @ray
