@@ -87,20 +87,12 @@ def opened(options: Watch) -> Iterator[Watched]:
 
         yield RunFolder(options.run, options.lines)
         return
-    from cluster.submit import _addressed, _client, _sentences, probe, resolve_address
+    from cluster.client import connected, find
     from cluster.watch_job import Job
 
     assert options.job is not None
-    address = resolve_address(options.address)
-    probe(address)
-    with _addressed(address), _sentences(address):
-        client = _client(address)
-        try:
-            client.get_job_info(options.job)
-        except RuntimeError as error:
-            if "404" not in str(error):
-                raise
-            raise ConfigError(f"job {options.job}: there is none of this id at {address}") from error
+    with connected(options.address) as (_, client):
+        find(client, options.job)
         yield Job(client, options.job, options.prometheus, options.lines)
 
 

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
     "reproduce": ("tune.reproduce:main", "train a paper's table, show its figures beside ours"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
+    "jobs": ("cluster.jobs:main", "what was sent to a Ray cluster: list, status, logs, stop, result"),
     "cluster": ("cluster.commands:main", "write the files that make a cluster: KubeRay, ray up, Slurm"),
 }
 
@@ -125,7 +126,7 @@ def _terminable(came: list[int]) -> Iterator[None]:
         else:
             signal.signal(number, signal.SIG_DFL)  # a second one ends on the spot
         came.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     ours = "RANK" not in os.environ and threading.current_thread() is threading.main_thread()
     taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) is signal.SIG_DFL]

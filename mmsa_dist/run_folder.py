@@ -90,8 +90,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "command": sys.argv,
+        "job": ray_job(),
         "packages": {package: found(package) for package in PACKAGES},
     }
+
+
+def ray_job() -> str | None:
+    """The Ray job that this process is part of, by the id that it was submitted with; None outside of one."""
+    try:
+        told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(told)
 
 
 @contextmanager

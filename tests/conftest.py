@@ -36,6 +36,7 @@ LONGEST = (
     "test_laws",
     "test_submit",
     "test_seeing",
+    "test_jobs",
     "test_engine",
     "test_text_ranks",
     "test_demo",

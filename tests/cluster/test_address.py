@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.client import resolve_address
 from cluster.errors import ConfigError
-from cluster.submit import main, resolve_address
+from cluster.submit import main
 from tests.answering import SSH, answering, http
 
 

@@ -17,6 +17,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = [block.strip().splitlines() for block in re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)]
 MARK = "# not run in our tests: needs "
+ELSEWHERE = "# run in "
+"""Begins a block whose commands another test runs, against a cluster."""
 
 
 def lines(*, marked: bool) -> list[list[str]]:
@@ -24,6 +26,7 @@ def lines(*, marked: bool) -> list[list[str]]:
     return [
         shlex.split(line, comments=True)
         for block in BLOCKS
+        if not block[0].startswith(ELSEWHERE)
         for line in block
         if block[0].startswith(MARK) is marked and not line.startswith("#")
     ]
@@ -45,6 +48,14 @@ def test_what_is_not_marked_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert main(words[1:]) == 0, words
     names = {path.name for path in tmp_path.iterdir()}
     assert {"cluster.yaml", "mosi.rayjob.yaml", "mosi.aws.yaml", "mosi.sbatch"} <= names
+
+
+def test_what_is_run_elsewhere_is_run_there() -> None:
+    for block in BLOCKS:
+        if block[0].startswith(ELSEWHERE):
+            tests = (PAGE.parent.parent / block[0].removeprefix(ELSEWHERE)).read_text(encoding="utf-8")
+            for words in (shlex.split(line, comments=True) for line in block[1:]):
+                assert f'"{words[1]}"' in tests and (words[1] != "jobs" or f'"{words[2]}"' in tests), words
 
 
 def test_the_other_targets_are_named() -> None:

@@ -18,7 +18,7 @@ from cluster.watch_job import Sample, of_nodes
 from mmsa_dist.exported import METRICS
 from mmsa_dist.ledger import NAMES
 from mmsa_dist.run_folder import read_events
-from tests.cluster.test_submit import REPOSITORY, _running_head
+from tests.cluster.heads import REPOSITORY, running_head
 from tests.data import packed
 from tests.end_to_end.started import PATIENCE, two_cpus
 
@@ -63,8 +63,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     runs = tmp_path_factory.mktemp("runs")
     train = ["train", "ufen_mtfn", "--data", str(data), "--runs-dir", str(runs), "--workers", "2", "--batch-size", "12"]
     train += ["--epochs", "99999", "--train.patience", "99999", "--tracking.no-enabled"]
-    with pytest.MonkeyPatch.context() as patch, _running_head() as head:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.MonkeyPatch.context() as patch, running_head() as head:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token))
         where = ["--address", head.address, "--python", sys.executable, "--working-dir", str(REPOSITORY)]
         assert submit([*where, "--detach", "--name", JOB, "--", *train]) == 0
         running = Running(head.address, runs, JobSubmissionClient(head.address))
