@@ -38,7 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("tune.sweep:main", "search hyper-parameters, register the best"),
     "reproduce": ("tune.reproduce:main", "train a paper's table, show its figures beside ours"),
     "submit": ("cluster.submit:main", "send any of these commands to a Ray cluster"),
-    "jobs": ("cluster.jobs:main", "what was sent to a Ray cluster: list, status, logs, stop, result"),
+    "jobs": ("cluster.jobs:main", "what was sent to a Ray cluster: list, status, logs, watch, stop, result"),
+    "doctor": ("cluster.doctor.command:main", "see whether this machine or every node of a cluster can train"),
     "cluster": ("cluster.commands:main", "write the files that make a cluster: KubeRay, ray up, Slurm"),
 }
 

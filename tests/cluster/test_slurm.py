@@ -157,6 +157,7 @@ def test_one_node_needs_no_workers(tmp_path: Path) -> None:
 # --- with Ray ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_real_head_and_worker_run_the_command_and_leave_nothing(tmp_path: Path) -> None:
     """It waits for both nodes, submits, gives the command's own exit code, and no process or file stays behind."""

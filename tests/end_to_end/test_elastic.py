@@ -124,6 +124,7 @@ def test_ranks_go_and_come_with_the_nodes(zero: int, words: list[str], cluster: 
             assert losses[event["epoch"]] == pytest.approx(event["train_loss"], rel=1e-3), event["epoch"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.ray
 def test_a_killed_raylet_is_invisible(

@@ -25,7 +25,7 @@ from tests.end_to_end.started import PATIENCE, two_cpus
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-pytestmark = [pytest.mark.ray, two_cpus]
+pytestmark = [pytest.mark.ray, two_cpus, pytest.mark.slow]
 JOB = "to-be-seen"
 Found = TypeVar("Found")
 
@@ -154,7 +154,6 @@ def test_a_job_that_is_not_there_is_one_sentence(job: Running) -> None:
         watch(["nobodys", "--address", job.address])
 
 
-@pytest.mark.slow
 @pytest.mark.fault
 def test_a_killed_rank_is_seen_by_both(job: Running, scraped: list[Sample], capsys: Any) -> None:
     """The restart, and what it was for: in the metrics, through the head, and in the run's folder."""

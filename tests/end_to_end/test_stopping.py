@@ -58,7 +58,7 @@ def test_once_finishes_the_step_and_saves(
     assert lost == 0, f"{lost} s of work were lost, though the run was saved"
 
 
-@pytest.mark.parametrize("launcher", ["local", "ray"])
+@pytest.mark.parametrize("launcher", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_terminal_that_closes_finishes_the_step_and_saves(launcher: str, words: list[str], tmp_path: Path) -> None:
     """The whole foreground group hears of it, and nothing can be printed any more."""
     command = [sys.executable, "-m", "mmsa_dist", "train", *words, "--workers", "2", "--launcher", launcher]
@@ -119,6 +119,7 @@ def test_torchrun_asks_its_ranks(words: list[str], undisturbed: dict[str, Any], 
     assert again.result() == undisturbed
 
 
+@pytest.mark.slow
 def test_torchrun_starts_its_ranks_again(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """With --max-restarts the same run goes on from its last checkpoint."""
     module = (

@@ -125,3 +125,13 @@ def test_a_tar_that_ends_early(index: Index, tmp_path: Path) -> None:
     samples = index.shards[0].samples
     wrong = check_shard(exchanged(index, index.tar_path(0), short), 0)
     assert wrong == [f"{index.shards[0].url}: holds {2 * samples - 2} members, its table says {2 * samples}"]
+
+
+def test_the_first_shards_alone(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage behind them is not looked at, and it is said how many were."""
+    flip(index.tar_path(len(index.shards) - 1), 700)
+    assert main(["verify", str(index.folder), "--shards", "1"]) == 0
+    said = f"1 shard of {len(index.shards)}, {index.shards[0].samples} samples, every checksum as packed"
+    assert said in capsys.readouterr().out
+    assert main(["verify", str(index.folder)]) == 3
+    assert main(["verify", str(index.folder), "--shards", "0"]) == 2
