@@ -219,7 +219,9 @@ def test_a_damaged_shard_and_a_dead_server_are_red(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_doctor_that_is_stopped_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """While it writes far more than it will get to."""
     temporary = tmp_path / "tmp"
