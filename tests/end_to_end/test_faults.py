@@ -69,6 +69,7 @@ def test_a_killed_driver_leaves_nothing_and_resumes(
 
 
 @two_cpus
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_can_go_on(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint that did not fit is gone, the one before is whole, and with room again nothing is lost."""
     with disk_of(tmp_path / "disk", "30m") as disk:
@@ -109,6 +110,7 @@ def test_ray_gives_the_same_and_survives_a_kill(words: list[str], undisturbed: d
 
 
 @two_cpus
+@pytest.mark.slow
 def test_torchrun_gives_the_same(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     module = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mmsa_dist")
     run = Run(tmp_path, *words, "--launcher", "torchrun", module=module)

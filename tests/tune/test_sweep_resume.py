@@ -20,7 +20,7 @@ from mmsa_dist import run_folder
 from tests.tune.sweeps import clean, in_mlflow
 from tune.outcome import DONE, INTERRUPTED, Outcome, read_outcomes
 
-pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray]
+pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE = 900.0
 
