@@ -25,9 +25,17 @@ def wide(data: Path, stage: int, precision: str, offload: str = "none", **text: 
     return recipe_for("self_mm", data, model={"post_fusion_dim": 4000}, engine=engine, text=text)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+WITHIN = [*((stage, "fp32", world) for stage in range(4) for world in (1, 2)), (3, "fp32", 4), (3, "bf16", 2)]
+"""Of all stages, precisions and numbers of ranks, those that are no slow tests."""
+
+
 @pytest.mark.parametrize(
-    ("stage", "precision"), [*((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+    ("stage", "precision", "world"),
+    [
+        pytest.param(stage, precision, world, marks=[] if (stage, precision, world) in WITHIN else pytest.mark.slow)
+        for stage, precision in [*((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+        for world in (1, 2, 4)
+    ],
 )
 def test_ranks_hold_what_the_formula_says(
     stage: int, precision: str, world: int, ranks: Callable[..., Any], data: Path, tmp_path: Path
@@ -40,7 +48,7 @@ def test_ranks_hold_what_the_formula_says(
             assert measured["step"] == pytest.approx(formula["step"], rel=0.05)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_the_host_keeps_is_in_the_formula_too(
     stage: int, world: int, ranks: Callable[..., Any], data: Path, tmp_path: Path
