@@ -221,7 +221,7 @@ def sent_to_a_head(folder: Path, repeats: int) -> tuple[list[float], list[float]
     with Network() as network:
         head = network.node("head")
         head.start_ray(dashboard=True)
-        submitted, direct = [], []
+        submitted, direct = list[float](), list[float]()
         for number in range(repeats + 1):
             for kind, taken in (("submit", submitted), ("train", direct)):
                 taken.append(to_first_step(head, folder, folder / f"first-{kind}-{number}", kind))

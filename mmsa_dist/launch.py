@@ -52,6 +52,8 @@ def run(recipe: Recipe, folder: Path, ahead: Forerunners | None = None) -> dict[
                 raise signals.stopped()
             try:
                 with attempted(folder, first=first):
+                    if not first and recipe.launch.launcher == "ray":
+                        places.wait_for_nodes(recipe, say, partial(stopping.requested, folder))
                     outcome = start(recipe, folder)
             except StoppedError:  # there were no ranks yet
                 raise signals.stopped() from None
@@ -192,9 +194,12 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     places.check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
     most = recipe.launch.workers
     recipe = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder))
-    growth = places.Growth(recipe.launch, most)
+    told = _told_by_ranks(folder)
+    growth = places.Growth(recipe.launch, most, begun=lambda: _told_by_ranks(folder) > told)
+    shortage = places.Shortage(recipe, say)
 
     def look() -> None:
+        shortage()
         if more := growth():
             stopping.request(folder, f"{recipe.launch.workers} -> {more} workers, as there is room for them")
 
@@ -205,6 +210,12 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
         return _seen_by_ray(error)
     return ""
+
+
+def _told_by_ranks(folder: Path) -> int:
+    """Bytes of rank 0's events: there are more as soon as an attempt's ranks run."""
+    events = run_folder.events_file(folder, 0)
+    return events.stat().st_size if events.is_file() else 0
 
 
 def _seen_by_ray(error: Exception) -> str:

@@ -111,6 +111,61 @@ def check_gpus(recipe: Recipe, gpus: float, where: str) -> None:
         )
 
 
+def lacking(recipe: Recipe) -> str | None:
+    """What the Ray cluster has too little of for a recipe's fewest ranks: a node of it may have gone."""
+    import ray
+
+    has = ray.cluster_resources()
+    try:
+        check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
+        check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
+    except ConfigError as error:
+        return str(error).partition(";")[0]
+    return None
+
+
+def wait_for_nodes(recipe: Recipe, say: Callable[[str], None], asked: Callable[[], bool]) -> None:
+    """Before ranks start again: until the Ray cluster is as large as they need.
+
+    Args:
+        asked: whether the run is to end instead.
+
+    Raises:
+        StoppedError: it is. TransientError: no node came for ``launch.timeout`` seconds.
+    """
+    began, told = time.monotonic(), False
+    while what := lacking(recipe):
+        if asked():
+            raise StoppedError("asked to end while it waited for a node")
+        if (waited := time.monotonic() - began) >= recipe.launch.timeout:
+            raise TransientError(
+                f"{what}, and no node came in {waited:.0f} s (launch.timeout); add one and go on with --resume, or "
+                "go on with fewer workers (--resume with --workers LEAST:MOST)"
+            )
+        if waited >= SETTLE and not told:
+            say(f"waiting for a node: {what}")
+            told = True
+        time.sleep(0.5)
+
+
+class Shortage:
+    """Says once that the cluster has become too small while Ray Train runs a recipe: of a node that is killed it hears
+    before the cluster's own list does, and then waits for another without a word."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self._recipe, self._say = recipe, say
+        self._looked, self._seen, self._told = time.monotonic(), False, False
+
+    def __call__(self) -> None:
+        if self._told or time.monotonic() - self._looked < LOOK:
+            return
+        what, before = lacking(self._recipe), self._seen
+        self._looked, self._seen = time.monotonic(), what is not None
+        if what and before:
+            self._say(f"waiting for a node: {what}")
+            self._told = True
+
+
 def own_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -174,15 +229,16 @@ class Growth:
 
     Args:
         launch: of the ranks that run. most: workers that are wanted.
+        begun: whether they do: until then the places that they are to take look like room for more.
     """
 
-    def __init__(self, launch: LaunchConfig, most: int) -> None:
-        self._launch, self._most = launch, most
+    def __init__(self, launch: LaunchConfig, most: int, begun: Callable[[], bool]) -> None:
+        self._launch, self._most, self._begun = launch, most, begun
         self._looked, self._seen = time.monotonic(), 0
 
     def __call__(self) -> int | None:
         """The number of workers to go on with, once there has been room for it at two looks."""
-        if self._launch.workers >= self._most or time.monotonic() - self._looked < LOOK:
+        if self._launch.workers >= self._most or time.monotonic() - self._looked < LOOK or not self._begun():
             return None
         now = min(self._most, self._launch.workers + room(self._launch))
         self._looked, before, self._seen = time.monotonic(), self._seen, now

@@ -93,7 +93,7 @@ class Reduction:
             if len(parcel.parameters) > 1:
                 sizes = [parameter.numel() for parameter in parcel.parameters]
                 means = [m.view_as(p) for m, p in zip(parcel.sent.split(sizes), parcel.parameters, strict=True)]
-                torch._foreach_copy_([p.grad for p in parcel.parameters], means)
+                torch._foreach_copy_([p.grad for p in parcel.parameters if p.grad is not None], means)
             parcel.work = parcel.sent = None
 
     @torch.no_grad()

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mmsa_dist.ledger import NAMES
 from mmsa_dist.run_folder import read_events
+
+if TYPE_CHECKING:
+    from tests.nodes import Node
 
 PATIENCE = 900.0
 """Seconds; cold imports on a busy machine take minutes."""
@@ -22,9 +25,15 @@ two_cpus = pytest.mark.skipif(CPUS < 2, reason="two workers need two CPUs")
 
 
 class Run:
-    """One `mmsa-dist train` in a process group of its own."""
+    """One `mmsa-dist train` in a process group of its own.
 
-    def __init__(self, runs: Path, *words: str, module: tuple[str, ...] = ("mmsa_dist",)) -> None:
+    Args:
+        on: a machine of another network that the command is typed at; else it is this one.
+    """
+
+    def __init__(
+        self, runs: Path, *words: str, module: tuple[str, ...] = ("mmsa_dist",), on: "Node | None" = None
+    ) -> None:
         self.runs, self.began = runs, time.monotonic()
         runs.mkdir(exist_ok=True)
         self.log = runs / f"driver-{time.monotonic_ns()}.log"
@@ -33,8 +42,8 @@ class Run:
             command += ["--runs-dir", str(runs)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                [*(on.enter if on else ()), *command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True, env={**(on.variables if on else os.environ), "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     @property

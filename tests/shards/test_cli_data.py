@@ -129,7 +129,7 @@ FLAGS = {
         "--address --dtype --help --like --name --out --overwrite --ray --samples --seed --shard-size --workers"
     ),
     "inspect": "--fast --help --json --picture",
-    "verify": "--help",
+    "verify": "--help --shards",
     "unpack": "--help --layout --overwrite --to",
 }
 """A new flag is a decision: it is made here."""
