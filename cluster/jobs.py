@@ -215,7 +215,12 @@ def stop(argv: list[str]) -> int:
         began = time.monotonic()
         client.stop_job(options.id)
         print(f"job {options.id} is told to stop; a training run saves first", flush=True)
-        code = followed(client, address, Log(client, options.id, printed), options.id, stopping=True)
+        try:
+            code = followed(client, address, Log(client, options.id, printed), options.id, stopping=True)
+        except TransientError:  # its node died meanwhile, which stops it too
+            if not client.get_job_info(options.id).status.is_terminal():
+                raise
+            code = 0
         job = client.get_job_info(options.id)
         if not job.status.is_terminal():
             return code  # nobody waits any more

@@ -53,8 +53,9 @@ def folder_by_id(client: "JobSubmissionClient", job: str, runs_dir: str) -> Pure
     """The newest run in `runs_dir`, a folder of the cluster, that this job began."""
     line = shlex.quote(f'"job": {json.dumps(job)}')
     files = f"{shlex.quote(runs_dir.rstrip('/'))}/*/environment.json"
-    code, output = on_cluster(client, f"grep -lsF -- {line} {files}")
-    found = sorted(output.splitlines()) if code == 0 else []
+    # by what it finds, not by its exit code, which one file that it may not read decides
+    _, output = on_cluster(client, f"grep -lsF -- {line} {files}")
+    found = sorted(each for each in output.splitlines() if each.endswith("/environment.json"))
     return PurePosixPath(found[-1]).parent if found else None
 
 

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from cluster.errors import ConfigError
 
 KINDS = {
-    "a password within an address": re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE),
+    "a password within an address": re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:(?!\d+/)[^\s@]+@", re.IGNORECASE),
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     "an access token": re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}"
@@ -24,6 +24,9 @@ NAMED = re.compile(
     re.IGNORECASE,
 )
 """Names of options and variables whose values are secrets, unless they say where one lies."""
+
+KEY = re.compile(r"access[-_]?key$", re.IGNORECASE)
+"""Those of them whose values are never the place of one."""
 
 
 def refuse(command: list[str]) -> None:
@@ -49,12 +52,22 @@ def _found(command: list[str]) -> Iterator[tuple[str, str]]:
         for kind, looks in KINDS.items():
             if looks.search(word):
                 yield where, kind
-        if equals and NAMED.search(option) and _tells(value):
+        if equals and NAMED.search(option) and _tells(value, KEY.search(option) is not None):
             yield option, "a secret"
-        elif follows and not word.startswith("--") and NAMED.search(before) and _tells(word):
+        elif (
+            not equals
+            and not word.startswith("--")
+            and NAMED.search(before)
+            and _tells(word, KEY.search(before) is not None)
+        ):
             yield before, "a secret"
 
 
-def _tells(value: str) -> bool:
-    """Whether a value is a secret rather than the place of one, or a switch."""
-    return bool(value) and not PurePosixPath(value).is_absolute() and value.lower() not in ("true", "false", "none")
+def _tells(value: str, key: bool = False) -> bool:
+    """Whether a value is a secret rather than the place of one, or a switch.
+
+    Args:
+        key: of an option for an access key, which may begin like a path.
+    """
+    place = PurePosixPath(value).is_absolute() and not key
+    return bool(value) and not place and value.lower() not in ("true", "false", "none")

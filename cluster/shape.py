@@ -76,7 +76,8 @@ def needed(command: list[str]) -> Need | None:
     if not command or command[0] not in TRAINS:
         return None
     values = dict(_options(command[1:]))
-    if values.get("launcher", values.get("launch.launcher", "ray")) != "ray" or values.get("launch.address"):
+    elsewhere = values.get("address") or values.get("launch.address")
+    if elsewhere or values.get("launcher", values.get("launch.launcher", "ray")) != "ray":
         return None
     workers = values.get("workers", values.get("launch.workers", "1"))
     least = values.get("launch.min-workers", workers)

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         goes_on = "the job goes on" if options.job else "the run goes on"
         print(f"no longer watching; {goes_on}", file=sys.stderr)
-        return int(getattr(stop, "exit_code", 130))
+        return 128 + int(stop.args[0]) if stop.args else 130  # the front door says which signal it was
 
 
 @contextmanager

@@ -7,6 +7,7 @@ says that it is not there.
 """
 
 import asyncio
+import http.client
 import json
 import re
 import threading
@@ -69,7 +70,7 @@ def of_nodes(targets: list[str]) -> tuple[list[Sample], list[str]]:
         try:
             with urllib.request.urlopen(f"http://{target}/metrics", timeout=PATIENCE) as answer:
                 return parsed(answer.read().decode("utf-8", "replace"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return None
 
     with ThreadPoolExecutor(min(16, max(1, len(targets)))) as pool:
@@ -92,7 +93,7 @@ def of_prometheus(address: str) -> list[Sample]:
             Sample(labels["__name__"].removeprefix(PREFIX), labels, float(value))
             for labels, (_, value) in ((each["metric"], each["value"]) for each in found)
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         why = getattr(error, "reason", None) or str(error) or type(error).__name__
         raise TransientError(f"--prometheus {address}: no Prometheus answers there ({why})") from error
 
@@ -249,6 +250,9 @@ class Job:
             samples = self._samples(seen.notes)
         except TransientError as error:
             seen.notes.append(str(error))
+        except (OSError, RuntimeError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            seen.notes.append(f"the head does not say where its nodes are ({why}); asking again")
         return filled(seen, samples, set(self._log.runs[-1:]))
 
     def _samples(self, notes: list[str]) -> list[Sample]:

@@ -3,6 +3,7 @@
 The files are read as they grow, from where the last look ended; what is kept of them does not grow with the run.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -210,7 +211,9 @@ class RunFolder:
         if (self.folder / "result.json").is_file():
             seen.kind, seen.state, seen.seconds_left = ENDED, "done", None
         elif self._begun is None:
-            if self._out:
+            if self._out and _held(self.folder):
+                seen.state, seen.ranks, seen.seconds_left = "about to start ranks again", (), None
+            elif self._out:
                 stopped = _json(self.folder / "stopped.json")
                 seen.kind = ENDED if stopped else FAILED
                 seen.state = f"stopped ({stopped['why']})" if stopped else "ended without a result"
@@ -239,6 +242,9 @@ class RunFolder:
                 seen.error = f"trial {trial.get('number')}: {_json(path.parent / 'error.json').get('message')}"
         seen.trials, done = states, (self.folder / "result.json").is_file()
         seen.kind, seen.state = (ENDED, "sweep, done") if done else (RUNNING, "sweep")
+        if not done and (gone := _driver_gone(self.folder)):
+            seen.kind, seen.state = FAILED, f"sweep, its driver is gone ({gone}); `mmsa-dist sweep --resume` goes on"
+            states["open"] = states.pop("running")
         return seen
 
 
@@ -262,6 +268,18 @@ def _said(log: Path) -> tuple[float, str] | None:
             when = time.mktime(time.strptime(found[1], "%Y-%m-%d %H:%M:%S"))
             return when, f"{ago(when)}: {found[2] or found[3]}"
     return None
+
+
+def _held(folder: Path) -> bool:
+    """Whether somebody holds the run: its driver does from beginning to end, between two attempts as well."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for this moment; whoever wants it tries for seconds
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or a file system without locks
+        return False
+    return False
 
 
 def _driver_gone(folder: Path) -> str:

@@ -199,7 +199,10 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     shortage = places.Shortage(recipe, say)
 
     def look() -> None:
-        shortage()
+        if _told_by_ranks(folder) <= told:  # nobody is there who could end after a step, or miss a peer
+            if stopping.requested(folder):
+                raise StoppedError("asked to end before there were ranks")
+            shortage()
         if more := growth():
             stopping.request(folder, f"{recipe.launch.workers} -> {more} workers, as there is room for them")
 
@@ -207,6 +210,8 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
         # a name of its own: Ray resumes a run whose name it has seen, from what it knows of it
         trainer = ray_trainer(recipe, folder, name=f"{folder.name}-{secrets.token_hex(3)}")
         beside(trainer.fit, look)
+    except (StoppedError, TransientError):  # of `look`: the command ends, and what waits in Ray with it
+        raise
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
         return _seen_by_ray(error)
     return ""

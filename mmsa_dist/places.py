@@ -138,10 +138,7 @@ def wait_for_nodes(recipe: Recipe, say: Callable[[str], None], asked: Callable[[
         if asked():
             raise StoppedError("asked to end while it waited for a node")
         if (waited := time.monotonic() - began) >= recipe.launch.timeout:
-            raise TransientError(
-                f"{what}, and no node came in {waited:.0f} s (launch.timeout); add one and go on with --resume, or "
-                "go on with fewer workers (--resume with --workers LEAST:MOST)"
-            )
+            raise nobody_came(what, waited)
         if waited >= SETTLE and not told:
             say(f"waiting for a node: {what}")
             told = True
@@ -149,21 +146,38 @@ def wait_for_nodes(recipe: Recipe, say: Callable[[str], None], asked: Callable[[
 
 
 class Shortage:
-    """Says once that the cluster has become too small while Ray Train runs a recipe: of a node that is killed it hears
-    before the cluster's own list does, and then waits for another without a word."""
+    """Says once that the cluster has become too small while Ray Train looks for places: of a node that is killed it
+    hears before the cluster's own list does, and then waits for another for ever, without a word."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self._recipe, self._say = recipe, say
-        self._looked, self._seen, self._told = time.monotonic(), False, False
+        self._looked, self._since, self._told = time.monotonic(), float("inf"), False
 
     def __call__(self) -> None:
-        if self._told or time.monotonic() - self._looked < LOOK:
+        """One look, at most every few seconds.
+
+        Raises:
+            TransientError: no node came for ``launch.timeout`` seconds.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK:
             return
-        what, before = lacking(self._recipe), self._seen
-        self._looked, self._seen = time.monotonic(), what is not None
-        if what and before:
+        what, before = lacking(self._recipe), self._since
+        self._looked, self._since = now, min(before, now) if what else float("inf")
+        if not what or before > now:
+            return
+        if now - before >= self._recipe.launch.timeout:
+            raise nobody_came(what, now - before)
+        if not self._told:
             self._say(f"waiting for a node: {what}")
             self._told = True
+
+
+def nobody_came(what: str, waited: float) -> TransientError:
+    return TransientError(
+        f"{what}, and no node came in {waited:.0f} s (launch.timeout); add one and go on with --resume, or "
+        "go on with fewer workers (--resume with --workers LEAST:MOST)"
+    )
 
 
 def own_cpus() -> int:

@@ -285,7 +285,9 @@ def _end_all(namespace: str) -> None:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):  # ours are to be asked for their exit code, or they stay listed
+        with suppress(
+            ChildProcessError, psutil.NoSuchProcess
+        ):  # ours are to be asked for their exit code, or they stay listed
             psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=1)
 
 

@@ -128,7 +128,7 @@ def _failed(group: str, check: str, done: "subprocess.CompletedProcess[str]", co
     """What the program said, which names the remedy; or that it is not installed here."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     said = lines[-1].strip() if lines else f"exit code {done.returncode}"
-    if "No module named" in said:
+    if re.search(r"No module named '?(mmsa_dist|shards)\b", said):
         return Finding(group, check, "skip", "mmsa-dist is not installed on this node")
     at = next((n for n, line in enumerate(lines) if line.startswith("error: ")), None)
     if at is None:

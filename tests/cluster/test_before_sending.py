@@ -20,6 +20,10 @@ TWO = Nodes(({"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}), fixed=True)
         (["--hub.token", "s3kret"], "--hub.token holds a secret"),
         (["--db_password=s3kret"], "--db_password holds a secret"),
         (["AWS_SECRET_ACCESS_KEY=s3kret"], "AWS_SECRET_ACCESS_KEY holds a secret"),
+        (["AWS_SECRET_ACCESS_KEY=/s3kret+x="], "AWS_SECRET_ACCESS_KEY holds a secret"),
+        (["--s3.secret-access-key", "/s3kret+x="], "--s3.secret-access-key holds a secret"),
+        (["--tracking-uri", "mysql+pymysql://me:s3/kret@host/db"], "--tracking-uri holds a password"),
+        (["--labels.options", "api_key", "s3kret"], "api_key holds a secret"),
     ],
 )
 def test_a_command_with_a_secret_is_refused_and_the_secret_not_shown(words: list[str], where: str) -> None:
@@ -52,6 +56,7 @@ def test_commands_without_one_are_not(words: list[str]) -> None:
         ("cluster run --nodes 2:4 --cpus 8 --gpus 1 -- train mult", Need("node", 2, 8, 1, waits=True)),
         ("train mult --launcher local --workers 99", None),
         ("train mult --launch.address other:6379 --workers 99", None),
+        ("train mult --address other:6379 --workers 99", None),
         ("train mult --workers many", None),
         ("inspect /data", None),
     ],

@@ -292,6 +292,21 @@ def test_a_check_that_breaks_says_so() -> None:
         agent.close()
 
 
+@pytest.mark.parametrize(
+    ("said", "state", "remedy"),
+    [
+        ("/usr/bin/python: No module named mmsa_dist", "skip", ""),
+        ("error: its driver is missing (No module named 'psycopg2'); pip install 'mmsa-dist[postgres]'", "fail", "pip"),
+        ("ModuleNotFoundError: No module named 'transformers'", "fail", "on the node"),
+    ],
+)
+def test_what_is_missing_is_ours_or_red(said: str, state: str, remedy: str) -> None:
+    from cluster.doctor.programs import _failed
+
+    found = _failed("MLflow", "answers", subprocess.CompletedProcess(["python", "-m", "x"], 1, "", said), 2)
+    assert found.state == state and remedy in found.remedy
+
+
 def test_every_bad_line_has_a_remedy() -> None:
     with pytest.raises(AssertionError, match="says not what to do"):
         Finding("machine", "memory", "fail", "too little")

@@ -4,6 +4,7 @@ real job is seen so through its head, `tests/end_to_end/test_seeing.py` sees."""
 import json
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from cluster.watch import looks, main
 from cluster.watch_job import Log, Sample, filled, of_nodes, of_prometheus
 from cluster.watch_run import RunFolder
 from mmsa_dist.ledger import account
+from mmsa_dist.run_folder import locked
 
 PLAN = {"train_samples": 100, "global_batch": 10, "steps_per_epoch": 10, "epochs": 4}
 
@@ -149,6 +151,15 @@ def test_how_it_ended_is_said(folder: Folder) -> None:
     assert (seen.kind, seen.state, seen.goodput) == (ENDED, "done", 0.5)
 
 
+def test_between_two_attempts_a_run_goes_on(folder: Folder) -> None:
+    """While its driver pauses, which holds it."""
+    folder.driver("attempt_end", 95)
+    with locked(folder.path):
+        seen = RunFolder(folder.path, 8).look()
+        assert (seen.kind, seen.state) == (RUNNING, "about to start ranks again")
+    assert RunFolder(folder.path, 8).look().kind == FAILED
+
+
 def test_a_driver_that_was_killed_is_missed(folder: Folder) -> None:
     (folder.path / ".lock").write_text(f"process {os.getpid()} on {platform.node()}")
     assert RunFolder(folder.path, 8).look().state == "training"
@@ -178,6 +189,9 @@ def test_a_sweep_is_its_trials(tmp_path: Path) -> None:
     assert seen.trials == {"running": 1, "done": 1, "stopped": 0, "failed": 1}
     assert seen.error == "trial 3: no such modality"
     assert "1 running, 1 done, 1 failed" in line(seen)
+    (tmp_path / ".lock").write_text(f"process {2**22 + 1} on {platform.node()}")
+    seen = RunFolder(tmp_path, 8).look()
+    assert seen.kind == FAILED and "its driver is gone" in seen.state and seen.trials["open"] == 1
 
 
 # --- a job ------------------------------------------------------------------------------------------------------------
@@ -281,6 +295,28 @@ def test_a_prometheus_is_asked_for_ours() -> None:
         pytest.raises(TransientError, match="no Prometheus answers there"),
     ):
         of_prometheus(f"http://{address}")
+
+
+def test_what_speaks_no_http_or_ends_in_the_middle_is_silent() -> None:
+    """As a node does that dies while it is read."""
+    said = (b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nray_mmsa")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for text in (said[0], said[1], said[0]):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(text)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert of_nodes([address]) == ([], [address])
+        assert of_nodes([address]) == ([], [address])
+        with pytest.raises(TransientError, match="no Prometheus answers there"):
+            of_prometheus(f"http://{address}")
+        thread.join()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

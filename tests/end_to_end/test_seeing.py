@@ -150,7 +150,7 @@ def _command(job: Running) -> list[str]:
 def test_a_job_that_is_not_there_is_one_sentence(job: Running) -> None:
     from cluster.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="job nobodys: there is none of this id at"):
+    with pytest.raises(ConfigError, match="no job 'nobodys' on this cluster"):
         watch(["nobodys", "--address", job.address])
 
 

@@ -1,5 +1,7 @@
 """Ranks that are to start again wait for a node in place of one that is gone, and what is waited for is said."""
 
+import time
+
 import pytest
 
 from mmsa_dist import places
@@ -78,6 +80,17 @@ def test_a_node_that_is_missed_while_ray_waits_is_said_once(
     look()
     look()
     assert said == [f"waiting for a node: {SHORT}"]
+
+
+def test_ray_does_not_wait_for_ever_either(cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "LOOK", 0.0)
+    cluster += [{"CPU": 1.0}]
+    look = places.Shortage(recipe(timeout=1), lambda sentence: None)
+    look()
+    look()
+    time.sleep(1.1)
+    with pytest.raises(TransientError, match=rf"{SHORT}, and no node came in 1 s"):
+        look()
 
 
 def test_places_that_ranks_have_not_taken_yet_are_no_room_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
