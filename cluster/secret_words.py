@@ -54,12 +54,7 @@ def _found(command: list[str]) -> Iterator[tuple[str, str]]:
                 yield where, kind
         if equals and NAMED.search(option) and _tells(value, KEY.search(option) is not None):
             yield option, "a secret"
-        elif (
-            not equals
-            and not word.startswith("--")
-            and NAMED.search(before)
-            and _tells(word, KEY.search(before) is not None)
-        ):
+        elif not word.startswith("--") and NAMED.search(before) and _tells(word, KEY.search(before) is not None):
             yield before, "a secret"
 
 
