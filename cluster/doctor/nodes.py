@@ -1,6 +1,5 @@
 """Who is asked: this machine, or every node of a Ray cluster, each by an agent that lives there for as long as this."""
 
-import contextlib
 import io
 import os
 import signal
@@ -10,7 +9,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +118,7 @@ class Nodes:
 
     def __init__(self, nodes: list[Node], found: dict[str, list[Finding]]) -> None:
         self.nodes, self.found = nodes, found
+        self._all_nodes = list(nodes)
         self._pool = ThreadPoolExecutor(max_workers=max(2, min(256, len(nodes))))
 
     def ask(
@@ -157,10 +157,12 @@ class Nodes:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _all(self, method: str) -> None:
-        calls = [self._pool.submit(node.call, method, timeout=2 * agent.LAST_WORDS) for node in self.nodes]
-        for call in calls:
-            with contextlib.suppress(Exception):  # a node that does not answer has been told of already
-                call.result()
+        # beside the pool, all of whose workers may be waiting for the checks that this ends; and those nodes too that
+        # were ready too late to be asked. One that does not answer has been told of already
+        pool = ThreadPoolExecutor(max_workers=max(1, min(256, len(self._all_nodes))))
+        calls = [pool.submit(node.call, method, timeout=2 * agent.LAST_WORDS) for node in self._all_nodes]
+        wait(calls, timeout=3 * agent.LAST_WORDS)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from cluster.doctor import across
 from cluster.doctor.command import main
 from cluster.doctor.finding import ASIDE, DATA, Finding
-from cluster.doctor.nodes import Node
+from cluster.doctor.nodes import Node, Nodes
 from cluster.doctor.table import Report
 from cluster.errors import ConfigError, TransientError
 from shards.index import Index
@@ -90,6 +91,27 @@ def test_a_node_that_is_silent_or_dead_is_red() -> None:
         (found,) = Node("n", call).ask("data", {}, 1.0)
         assert (found.group, found.state, found.code) == ("data", "fail", ASIDE)
         assert words in found.found and "ray status" in found.remedy
+
+
+def test_all_that_is_being_asked_is_ended_at_once() -> None:
+    """Though every node is busy, with a check that ends when it is told to."""
+    told = threading.Event()
+
+    def call(method: str, *_: Any, timeout: float) -> Any:
+        if method == "ask":
+            told.wait(60)
+            return []
+        told.set()
+        return None
+
+    nodes = Nodes([Node(name, call) for name in "abc"], {})
+    asking = threading.Thread(target=nodes.ask, args=("trial", lambda node: {}, 60.0, lambda done, of: None))
+    asking.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    nodes.close()
+    asking.join(20)
+    assert not asking.is_alive() and time.monotonic() - began < 20
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
