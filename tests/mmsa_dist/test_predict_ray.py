@@ -164,11 +164,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory, trained: tuple[Path, Recipe])
     return trained[0], index, folder / "one.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))],
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_same_command_goes_on(number: signal.Signals, slow: tuple[Path, Index, Path], tmp_path: Path) -> None:
     model, index, one = slow
     out = tmp_path / "p.csv"
