@@ -29,12 +29,12 @@ from typing import Any
 import psutil
 
 from benchmarks.record import ROOT, Row, Table, record
+from benchmarks.recovery import Started
+from benchmarks.steps import COLLECTIVES, covered
 from tests.nodes import Network, Node, ip, lacking
 
 COMMAND = [sys.executable, "-m", "mmsa_dist"]
 PATIENCE = 900.0
-COLLECTIVES = ("gloo:", "nccl:")
-"""How a trace calls them."""
 LINES = 5_000
 TALK = f"import time\nfor number in range({LINES}):\n    print(f'line {{number}}', flush=True)\n    time.sleep(0.004)\n"
 """A job that says a line every few milliseconds."""
@@ -114,7 +114,7 @@ def over(folder: Path, nodes: int, stages: list[int], epochs: int) -> Iterator[T
             yield Trained(nodes, stage, cpu / samples, sent / steps, step, collectives, numbers)
 
 
-class Started:
+class OnNodes(Started):
     """A run that is under way on the cluster of a head.
 
     Args:
@@ -126,42 +126,15 @@ class Started:
         self.runs = runs
         place = ["--data", str(folder / "data"), "--runs-dir", str(runs), "--address", head.ray_address]
         more = ["--tracking.no-enabled", "--train.no-test", "--train.patience", "9999", "--batch-size", "32"]
-        head.environment["PYTHONPATH"] = str(ROOT)
-        self.name = f"run-{runs.parent.name}-{runs.name}"
-        self.process = head.start(self.name, *COMMAND, "train", "self_mm", *place, *more, *words)
-        self._log = head.log(self.name)
-
-    @property
-    def folder(self) -> Path:
-        return next(path.parent for path in self.runs.glob("*/recipe.yaml"))
-
-    def events(self, kind: str, rank: int = 0) -> list[dict[str, Any]]:
-        found = []
-        for file in self.runs.glob(f"*/events/rank-{rank}.jsonl"):
-            for line in file.read_text().splitlines():
-                try:
-                    event = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # being written
-                found += [event] if event["event"] == kind else []
-        return found
-
-    def wait(self, kind: str, number: int) -> dict[str, Any]:
-        """The event that is the `number`th (from 1) of its kind, once it is there."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if len(found := self.events(kind)) >= number:
-                return found[number - 1]
-            time.sleep(0.02)
-        if len(found := self.events(kind)) >= number:
-            return found[number - 1]
-        raise SystemExit(f"error: no {kind} {number} came:\n{self._log.read_text()}")
+        name = f"run-{runs.parent.name}-{runs.name}"
+        self.process = head.start(name, *COMMAND, "train", "self_mm", *place, *more, *words)
+        self.log = head.log(name)
 
 
 @contextmanager
-def started(head: Node, folder: Path, runs: Path, words: list[str]) -> Iterator[Started]:
+def started(head: Node, folder: Path, runs: Path, words: list[str]) -> Iterator[OnNodes]:
     """A run, which is told to end afterwards."""
-    run = Started(head, folder, runs, words)
+    run = OnNodes(head, folder, runs, words)
     try:
         yield run
     finally:
@@ -169,7 +142,7 @@ def started(head: Node, folder: Path, runs: Path, words: list[str]) -> Iterator[
         run.process.wait()
 
 
-def measured(run: Started, nodes: list[Node], epoch: int) -> dict[str, Any]:
+def measured(run: OnNodes, nodes: list[Node], epoch: int) -> dict[str, Any]:
     """CPU-seconds of each rank and bytes that each node has sent, as soon as rank 0 is through with an epoch."""
     ended = run.wait("epoch", epoch)
     pids = [run.events("start", rank)[-1]["pid"] for rank in range(len(nodes))]
@@ -183,18 +156,14 @@ def traced(head: Node, folder: Path, runs: Path, words: list[str], steps: int = 
     """How many numbers learn, and for how many seconds of a step rank 0 has a collective under way."""
     with started(head, folder, runs, [*words, "--epochs", "1", "--profile", str(steps)]) as run:
         if code := run.process.wait():
-            raise SystemExit(f"error: a run ended with {code}:\n{run._log.read_text()}")
+            raise SystemExit(f"error: a run ended with {code}:\n{run.log.read_text()}")
     trace = json.loads((run.folder / "profile" / "rank-0.json").read_text())
-    spans = sorted(
+    spans = [
         (event["ts"], event["ts"] + event["dur"])
         for event in trace["traceEvents"]
         if event.get("ph") == "X" and event["name"].startswith(COLLECTIVES)
-    )
-    whole, until = 0.0, float("-inf")
-    for start, end in spans:  # some run at the same time
-        whole += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return learning(run.folder), whole / 1e6 / steps
+    ]
+    return learning(run.folder), covered(spans) / 1e6 / steps
 
 
 def learning(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.training import cpu_seconds, opened, over_ranks
@@ -62,14 +62,19 @@ def in_collectives(step: Callable[[], None], steps: int) -> float:
     with profile(activities=kinds) as trace:
         for _ in range(steps):
             step()
-    spans = sorted(
+    spans = [
         (event.time_range.start, event.time_range.end) for event in trace.events() if event.name.startswith(COLLECTIVES)
-    )
+    ]
+    return covered(spans) / 1e6 / steps
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How long at least one of the spans lasts; some run at the same time."""
     whole, until = 0.0, float("-inf")
-    for start, end in spans:  # some run at the same time
+    for start, end in sorted(spans):
         whole += max(0.0, end - max(start, until))
         until = max(until, end)
-    return whole / 1e6 / steps
+    return whole
 
 
 def all_reduce_alone(session: "Session") -> float:

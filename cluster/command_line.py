@@ -38,6 +38,16 @@ def parsed(options: type[Options], argv: list[str], prog: str) -> Options:
         raise ConfigError(_refused(options, argv, output.getvalue(), prog)) from None
 
 
+def value_of(command: list[str], option: str) -> str | None:
+    """The value of an option within the words of somebody's command; None where it has none."""
+    for at, word in enumerate(command):
+        if word == option and at + 1 < len(command):
+            return command[at + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
 def _refused(options: type[Any], argv: list[str], text: str, prog: str) -> str:
     known = _flags(options)
     for word in argv:

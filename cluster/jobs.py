@@ -13,7 +13,7 @@ import tyro
 
 from cluster import results
 from cluster.client import connected, exit_code, find, first_line, submitted
-from cluster.command_line import parsed
+from cluster.command_line import parsed, value_of
 from cluster.errors import ConfigError, TransientError
 from cluster.follow import Log, followed
 from cluster.suggest import nearest
@@ -272,7 +272,7 @@ def run_folder(client: "JobSubmissionClient", job: "JobDetails", *, search: bool
     if not command or command[0] not in results.SAID:
         return None
     found = results.folder_in(_log(client, str(job.submission_id)), command)
-    runs = option(command, "--runs-dir")
+    runs = value_of(command, "--runs-dir")
     if found is None and search and runs and runs.startswith("/"):
         return results.folder_by_id(client, str(job.submission_id), runs)
     return found
@@ -303,16 +303,6 @@ def _log(client: "JobSubmissionClient", job: str) -> str:
     except (RuntimeError, OSError) as error:
         print(f"note: the log of job {job} is not to be had: {first_line(error)}", file=sys.stderr)
         return ""
-
-
-def option(command: list[str], name: str) -> str | None:
-    """The value of an option within a command."""
-    for at, word in enumerate(command):
-        if word == name and at + 1 < len(command):
-            return command[at + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
 
 
 # --- a job in words ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Annotated
 
 import tyro
 
-from cluster.command_line import parsed
+from cluster.command_line import parsed, value_of
 from cluster.errors import ConfigError, TransientError
 
 LOOK = 2.0
@@ -206,7 +206,7 @@ def continued(command: list[str]) -> list[str] | None:
     """
     if command[0] != "train" or "--resume" in command or any(word.startswith("--resume=") for word in command):
         return command
-    folder = Path(_value(command, "--runs-dir") or "runs")
+    folder = Path(value_of(command, "--runs-dir") or "runs")
     runs = (
         path.parent for path in folder.glob("*/recipe.yaml") if not path.with_name("space.yaml").exists()
     )  # a sweep's
@@ -249,15 +249,6 @@ def _unrecorded(run: Path) -> bool:
         return not json.loads((run / "mlflow.json").read_text(encoding="utf-8")).get("model")
     except (OSError, ValueError):
         return False
-
-
-def _value(command: list[str], option: str) -> str | None:
-    for at, word in enumerate(command):
-        if word == option and at + 1 < len(command):
-            return command[at + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
 
 
 def _without(command: list[str], option: str) -> list[str]:

@@ -440,3 +440,10 @@ def test_serving_and_prediction_are_measured(tmp_path: Path) -> None:
     rate, start = prediction.on_ray(run, tmp_path / "small", 1, tmp_path)
     assert rate > 0 and start > 0
     assert not list(tmp_path.glob(".predictions.csv.parts"))
+
+
+def test_what_runs_at_the_same_time_is_counted_once() -> None:
+    from benchmarks.steps import covered
+
+    assert covered([]) == 0
+    assert covered([(8, 9), (0, 2), (1, 4), (1, 2)]) == 4 + 1
