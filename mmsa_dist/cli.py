@@ -56,6 +56,13 @@ def train(argv: list[str]) -> int:
         return 0 if options.help else 2
     if options.help:
         overrides = [*overrides, "--help"]
+    with forerunners.ahead(() if options.help or options.print_config else overrides) as ahead:
+        return _train(system, options, overrides, ahead)
+
+
+def _train(
+    system: str | None, options: argparse.Namespace, overrides: list[str], ahead: forerunners.Forerunners
+) -> int:
     if options.resume:
         folder = _brought(options.resume, Path(options.runs_dir)) if is_url(options.resume) else Path(options.resume)
         folder, recipe = _resumed(folder, system, options.recipe, overrides)
@@ -67,10 +74,10 @@ def train(argv: list[str]) -> int:
         return 0
     if folder is None:
         print(origin(recipe.system, options.recipe, overrides))
-    with forerunners.ahead(recipe, folder) as ahead:
-        from mmsa_dist import train as training
+    ahead.meant_for(recipe, folder)
+    from mmsa_dist import train as training
 
-        training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name, ahead=ahead)
+    training.train(recipe, folder=folder, runs_dir=Path(options.runs_dir), name=options.name, ahead=ahead)
     return 0
 
 

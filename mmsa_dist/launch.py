@@ -7,7 +7,6 @@ import os
 import platform
 import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from mmsa_dist import checkpoint, places, run_folder, stopping
 from mmsa_dist.diagnosis import diagnose, first_line, written_down
 from mmsa_dist.errors import ConfigError, StoppedError, TransientError
-from mmsa_dist.forerunners import Forerunners, Place
+from mmsa_dist.forerunners import Forerunners, Place, Rank
 from mmsa_dist.recipe import Recipe, from_dict
 
 PAUSE = 15
@@ -126,7 +125,7 @@ def run_local(recipe: Recipe, folder: Path, ahead: Forerunners) -> str:
     world = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder)).launch.workers
     rendezvous = folder / f".rendezvous-{os.getpid()}-{time.time_ns()}"
     where = [Place(str(folder), rank, world, str(rendezvous)) for rank in range(world)]
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Rank] = []
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     lock = run_folder.lock_of(folder)  # until all its ranks are gone nobody else may take the run up
@@ -142,7 +141,7 @@ def run_local(recipe: Recipe, folder: Path, ahead: Forerunners) -> str:
         rendezvous.unlink(missing_ok=True)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
+def _wait(processes: list[Rank], folder: Path) -> str:
     """Until all ranks ended well, or one did not and its peers are gone too."""
     while True:
         codes = [process.poll() for process in processes]
@@ -163,7 +162,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> str:
         time.sleep(0.05)
 
 
-def _let_finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+def _let_finish(processes: list[Rank], folder: Path) -> None:
     """Until all ranks are gone: each gets two seconds to say what it saw, and then the time to bring to the disk and to
     the mirror what it has of a checkpoint. Whoever does neither is ended, as others may wait for it."""
     deadline, said = time.monotonic() + 2, set[int]()

@@ -179,7 +179,10 @@ def main() -> int:
         run_ahead()
     except Exception as error:  # is said once there is a run to say it of
         failure = error
+    ahead = os.getpid()
     place = forerunners.told()
+    if os.getpid() != ahead:  # threads are not forked
+        end_with(int(os.environ["MMSA_LAUNCHER"]))
     if place is None:
         print("the driver has ended, or waits no longer for these imports (--launch.timeout)", file=sys.stderr)
         return TransientError.exit_code

@@ -153,14 +153,15 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 
 def connected(recipe: Recipe, asked: Asked) -> int:
-    """Joins or starts the cluster; gives how many trials fit into it at once."""
-    from tune.search import concurrency, joined
+    """Joins or starts the cluster; gives how many trials run in it at once."""
+    from tune.search import concurrency, joined, say_if_busy
 
-    cpus, gpus = joined(recipe)
-    fits = concurrency(recipe.launch, cpus, gpus)
+    fits = concurrency(recipe.launch, joined(recipe))
     if asked.max_concurrent is not None and fits < asked.max_concurrent:
-        print(f"--max-concurrent {asked.max_concurrent} is lowered to {fits}: {cpus:g} CPUs and {gpus:g} GPUs are free")
-    return min(fits, asked.max_concurrent or fits)
+        print(f"--max-concurrent {asked.max_concurrent} is lowered to {fits}: the cluster has room for no more")
+    at_once = min(fits, asked.max_concurrent or fits)
+    say_if_busy(recipe.launch, at_once)
+    return at_once
 
 
 def for_trials(recipe: Recipe, folder: Path) -> Recipe:

@@ -39,7 +39,7 @@ as fit into the machine or the Ray cluster. A run that fails does not stop the o
   --recipe NAME|FILE|FOLDER   as in `mmsa-dist train`; of a FOLDER the file SYSTEM.yaml for each row's system.
                        Default: the packaged recipe of the table's data set
   --dry-run            show which runs are there and which are missing, and train nothing
-  --max-concurrent N   runs at the same time; default: as many as fit into the free CPUs and GPUs
+  --max-concurrent N   runs at the same time; default: as many as the cluster has room for
   --runs-dir FOLDER    where runs and tables go, in its folder reproduce (default: runs)
 
 The most used values of the recipe, which hold for all rows (a row's own, such as its label generator, wins):

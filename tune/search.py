@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -38,31 +38,57 @@ STATE = "tune"
 from is in the folders of its trials."""
 
 
-def joined(recipe: Recipe) -> tuple[float, float]:
-    """Joins or starts the recipe's cluster; gives its free CPUs and GPUs."""
+def joined(recipe: Recipe) -> list[dict[str, float]]:
+    """Joins or starts the recipe's cluster; gives what each of its nodes has, busy or not."""
     places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
-    free = ray.available_resources()
-    return free.get("CPU", 0.0), free.get("GPU", 0.0)
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def concurrency(launch: LaunchConfig, free_cpus: float, free_gpus: float) -> int:
-    """How many trials fit into what is free: min(free CPUs / (workers x CPUs), free GPUs / (workers x GPUs)).
+def concurrency(launch: LaunchConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials the nodes hold at once: the workers that each has CPUs and GPUs for, over the workers of a trial.
+
+    What others run there counts as room: trials that wait for it take turns with theirs.
 
     Raises:
         ConfigError: not even one.
     """
-    need = {"CPU": launch.workers * launch.cpus_per_worker, "GPU": launch.workers * launch.gpus_per_worker}
-    free = {"CPU": free_cpus, "GPU": free_gpus}
-    fits = {kind: int((free[kind] + 1e-6) // need[kind]) for kind in need if need[kind]}
-    short = [kind for kind, count in fits.items() if count == 0]
-    if short:
-        kind = short[0]
-        per_worker = launch.cpus_per_worker if kind == "CPU" else launch.gpus_per_worker
-        raise ConfigError(
-            f"one trial needs {need[kind]:g} {kind}s = {launch.workers} workers x {per_worker:g}, the Ray cluster has "
-            f"{free[kind]:g} free; lower --workers, wait for other jobs, or name a larger cluster (--address)"
-        )
-    return min(fits.values())
+    at_once = sum(workers_on(node, launch) for node in nodes) // launch.workers
+    if at_once:
+        return at_once
+    for kind, each in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
+        has = sum(node.get(kind, 0.0) for node in nodes)
+        if launch.workers * each > has:
+            raise ConfigError(
+                f"one trial needs {launch.workers * each:g} {kind}s = {launch.workers} workers x {each:g}, the Ray "
+                f"cluster has {has:g}; lower --workers, or name a larger cluster (--address)"
+            )
+    shapes = sorted({f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes})
+    raise ConfigError(
+        f"one trial needs {launch.workers} workers, each with {launch.cpus_per_worker:g} CPUs and "
+        f"{launch.gpus_per_worker:g} GPUs of one node; the Ray cluster's nodes have {', '.join(shapes)}; ask for less "
+        "a worker (--launch.cpus-per-worker), lower --workers, or name a larger cluster (--address)"
+    )
+
+
+def workers_on(node: Mapping[str, float], launch: LaunchConfig) -> int:
+    """How many workers a node has room for; a worker's share of a GPU is of one GPU."""
+    fits = int(node.get("CPU", 0.0)) // launch.cpus_per_worker
+    if not (each := launch.gpus_per_worker):
+        return fits
+    gpus = int(node.get("GPU", 0.0))
+    return min(fits, gpus * int((1 + 1e-6) / each) if each < 1 else int(gpus / each))
+
+
+def say_if_busy(launch: LaunchConfig, at_once: int) -> None:
+    """That trials will wait for others, where others hold what they need."""
+    free = ray.available_resources()
+    for kind, each in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
+        if free.get(kind, 0.0) + 1e-6 < at_once * launch.workers * each:
+            has = ray.cluster_resources().get(kind, 0.0)
+            print(
+                f"{free.get(kind, 0.0):g} of the cluster's {has:g} {kind}s are free: what does not fit waits its turn"
+            )
+            return
 
 
 def search(

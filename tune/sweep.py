@@ -38,7 +38,7 @@ run. The best one on validation is trained to its end, tested once and registere
                        to the next (default: a quarter of --epochs)
   --objectives A B     validation metrics, and `parameters`, for how small a system is. The first decides (default: the
                        recipe's train.monitor); with several the trials that none betters in all are marked
-  --max-concurrent N   trials at the same time; default: as many as fit into the free CPUs and GPUs
+  --max-concurrent N   trials at the same time; default: as many as the cluster has room for
   --seeds N            how many times the best recipe is trained, each tested once (default 1); mean and deviation are
                        printed, the best on validation is registered
   --export FILE        where a copy of best.yaml goes

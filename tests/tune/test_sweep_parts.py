@@ -14,7 +14,6 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from mmsa_dist import launch, run_folder, train
-from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError, TransientError
 from mmsa_dist.tracking import Link, store
 from shards.index import Index
@@ -25,7 +24,6 @@ from tune.course import for_trials
 from tune.draw import Drawing, grid, levels
 from tune.outcome import DONE, FAILED, INTERRUPTED, STOPPED, read_outcome, read_outcomes, winner
 from tune.record import record_rest
-from tune.search import concurrency
 from tune.stopping import Asha, Median, Past, make_scheduler, replay
 from tune.sweep import _asked
 from tune.table import trials_table, write_csv
@@ -53,33 +51,6 @@ def test_a_trial_trains_where_the_test_shards_do_not_exist(data: Path, tmp_path:
 
 def test_no_trial_reads_the_test_split_whatever_the_recipe_says(tmp_path: Path) -> None:
     assert not for_trials(tiny(tmp_path, train={"test": True}), tmp_path).train.test
-
-
-# --- how many at once -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "cpus", "gpus", "at_once"),
-    [
-        ({"workers": 1}, 2, 0, 2),
-        ({"workers": 2}, 2, 0, 1),
-        ({"workers": 2}, 9, 0, 4),
-        ({"workers": 2, "cpus_per_worker": 3}, 16, 0, 2),
-        ({"workers": 2, "gpus_per_worker": 1}, 64, 8, 4),
-        ({"workers": 2, "gpus_per_worker": 0.25}, 64, 1, 2),
-        ({"workers": 1, "gpus_per_worker": 0.1}, 64, 1, 10),
-        ({"workers": 4, "gpus_per_worker": 1}, 8, 100, 2),
-    ],
-)
-def test_as_many_trials_as_fit(values: dict[str, Any], cpus: float, gpus: float, at_once: int) -> None:
-    assert concurrency(LaunchConfig(**values), cpus, gpus) == at_once
-
-
-def test_not_even_one_trial_fits_is_said_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"one trial needs 3 CPUs = 3 workers x 1, the Ray cluster has 2 free; lower"):
-        concurrency(LaunchConfig(workers=3), 2, 0)
-    with pytest.raises(ConfigError, match=r"one trial needs 2 GPUs = 2 workers x 1, the Ray cluster has 1 free"):
-        concurrency(LaunchConfig(workers=2, gpus_per_worker=1), 64, 1)
 
 
 # --- drawing and pruning ----------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     Raises:
         KeyboardInterrupt: somebody stopped it.
     """
-    at_once = min(_connected(planned.launch), most or len(left), len(left))
+    at_once = _connected(planned.launch, min(most or len(left), len(left)))
     print(f"{counted(len(left), 'run')} left, {at_once} at a time", flush=True)
     from tune.papers.recorded import as_child, open_reproduction
     from tune.papers.spread import spread
@@ -114,11 +114,13 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
         raise KeyboardInterrupt
 
 
-def _connected(recipe: Recipe) -> int:
-    """Joins or starts the cluster; gives how many runs fit into it at once."""
-    from tune.search import concurrency, joined
+def _connected(recipe: Recipe, most: int) -> int:
+    """Joins or starts the cluster; gives how many runs, of at most so many, run in it at once."""
+    from tune.search import concurrency, joined, say_if_busy
 
-    return concurrency(recipe.launch, *joined(recipe))
+    at_once = min(concurrency(recipe.launch, joined(recipe)), most)
+    say_if_busy(recipe.launch, at_once)
+    return at_once
 
 
 def _close(run: Run) -> None:
