@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,14 +157,17 @@ def saved(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path, agreed: Callable[[int], int] = int) -> Checkpoint | None:
     """The newest checkpoint in `folder`, None where there is none.
+
+    Args:
+        agreed: gives the step that all who load take, of that of the newest one that is seen here, -1 for none.
 
     Raises:
         DataError: it is not whole.
     """
-    paths = saved(folder)
-    return load(paths[-1]) if paths else None
+    step = agreed(max(map(step_of, saved(folder)), default=-1))
+    return None if step < 0 else load(step_folder(folder, step))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pyarrow.compute as pc
+from torch import nn
 
 from mmsa_dist.errors import ConfigError, DataError
 from mmsa_dist.label_generators import over_nothing
@@ -30,7 +31,10 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
         assert spec.text.encoder is not None
         check_checkpointing(spec.text.encoder)
     system = make_system(recipe.system, recipe.model, replace(spec, text=None))
-    over_nothing(name, system.feature_widths(), index.label_range, **recipe.labels.given)
+    check_parameters(system, f"system {recipe.system}")
+    generator = over_nothing(name, system.feature_widths(), index.label_range, **recipe.labels.given)
+    if generator.layers is not None:
+        check_parameters(generator.layers, f"labels.generator: {name}")
     if not system.feature_widths().keys() - {"M"} and name not in ("none", type(system).labels):
         raise ConfigError(
             f"labels.generator: {name} is without effect: {recipe.system} as it is set up has no unimodal task whose "
@@ -43,6 +47,21 @@ def check_system(recipe: Recipe, index: AnyIndex) -> None:
             f"labels.generator: none, but {index.name} has no labels for the tasks {', '.join(sorted(lacking))} of "
             f"{recipe.system}; use a generator (ulgm, sugrm, ulag), or train fewer tasks (--model.subtasks)"
         )
+
+
+def check_parameters(module: nn.Module, whose: str) -> None:
+    """Says which parameter DeepSpeed cannot send to all ranks, or no checkpoint can hold.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.dim() or not parameter.numel() or not parameter.is_contiguous():
+            what = "is not contiguous" if parameter.numel() > 1 else f"has the shape {tuple(parameter.shape)}"
+            raise ConfigError(
+                f"{whose}: its parameter {name} {what}; one that ranks can share has a dimension, a number in it and "
+                "its numbers in order: make a single one of shape (1,), leave an empty one out, or call contiguous()"
+            )
 
 
 def check_labels(recipe: Recipe, index: AnyIndex) -> None:

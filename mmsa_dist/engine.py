@@ -170,7 +170,7 @@ class Engine:
             self._backward(losses.total, last=last)
             if last:
                 answers = torch.tensor(asks, dtype=torch.float32, device=total.device)
-                values = self._agree(torch.cat([total / len(batches), answers]), batches)
+                values = self._agree(torch.cat([total / len(batches), answers]), batches, predictions)
                 norm = self._norm_before_step(batches)
             self.engine.step()
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))  # DeepSpeed has asked all ranks
@@ -331,7 +331,7 @@ class Engine:
             group["lr"] = group["base_lr"] * factor
         return {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
-    def _agree(self, row: Tensor, batches: Sequence[Batch]) -> list[float]:
+    def _agree(self, row: Tensor, batches: Sequence[Batch], predictions: Sequence[Prediction]) -> list[float]:
         """The mean over ranks of the loss and its parts: one small all-reduce, which also tells if all are finite.
 
         Here the host waits for the device: forward and backward never do.
@@ -339,7 +339,7 @@ class Engine:
         mean: list[float] = self._mean_over_ranks(row).tolist()
         if not all(map(math.isfinite, mean)):
             finite = bool(torch.isfinite(row).all())
-            raise self._not_finite("loss", ELSEWHERE if finite else f"keys {_keys(batches)}")
+            raise self._not_finite("loss", ELSEWHERE if finite else f"keys {_keys(batches, predictions)}")
         return mean
 
 
@@ -353,8 +353,12 @@ def _share(batches: Sequence[Batch]) -> str:
     )
 
 
-def _keys(batches: Sequence[Batch]) -> str:
+def _keys(batches: Sequence[Batch], predictions: Sequence[Prediction] = ()) -> str:
+    """The samples' keys, or the first of them; those come before the others whose prediction is not finite."""
     keys = [key for batch in batches for key in batch.keys]
+    finite = [torch.stack([t.isfinite() for t in said.tasks.values()]).all(0) for said in predictions]
+    if finite:
+        keys = [key for _, key in sorted(zip(torch.cat(finite).tolist(), keys, strict=True), key=lambda each: each[0])]
     return ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 

@@ -7,11 +7,13 @@ is small. One rank has nothing to do.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from mmsa_dist.errors import TrainingError
 
 LARGE = 16_384
 """Numbers from which a gradient travels alone: fewer are copied sooner than a message is sent."""
@@ -24,12 +26,12 @@ class Parcel:
     """Parameters whose gradients travel in one message.
 
     Attributes:
-        missing: how many of them have no gradient of this step yet.
+        missing: those of them that have no gradient of this step yet.
         sent: what travels, the gradient itself or small ones behind each other; None before.
     """
 
     parameters: list[nn.Parameter]
-    missing: int = 0
+    missing: set[Tensor] = field(default_factory=set)
     sent: Tensor | None = None
     work: dist.Work | None = None
 
@@ -44,7 +46,7 @@ class Reduction:
     """
 
     def __init__(self, system: nn.Module) -> None:
-        self._world = dist.get_world_size()
+        self._world, self._system = dist.get_world_size(), system
         self._parameters = [p for p in system.parameters() if p.requires_grad and p.numel()]
         self._parcels = parcels(reversed(self._parameters)) if self._world > 1 else []
         self._of = {parameter: parcel for parcel in self._parcels for parameter in parcel.parameters}
@@ -55,10 +57,13 @@ class Reduction:
         """Calls `backward` with the loss of one micro-batch; after the step's `last` one the gradients are the means.
 
         A collective call then.
+
+        Raises:
+            TrainingError: a gradient came in parts, and the first was on its way when the second came.
         """
         self._next = 0 if last else None
         for parcel in self._parcels:
-            parcel.missing = len(parcel.parameters)
+            parcel.missing = set(parcel.parameters)
         try:
             backward(loss / self._world if self._world > 1 else loss)
             if last:
@@ -75,7 +80,14 @@ class Reduction:
         """Called by autograd when a parameter has its gradient of this micro-batch and those before."""
         if self._next is None:
             return
-        self._of[parameter].missing -= 1  # type: ignore[index]
+        parcel = self._of[parameter]  # type: ignore[index]
+        if parcel.work is not None:
+            name = next(name for name, each in self._system.named_parameters() if each is parameter)
+            raise TrainingError(
+                f"{name} got its gradient in parts within one backward pass, as in a layer that is within two calls of "
+                "torch.utils.checkpoint; give them use_reentrant=False"
+            )
+        parcel.missing.discard(parameter)
         while self._next < len(self._parcels) and not self._parcels[self._next].missing:
             self._send(self._parcels[self._next])
             self._next += 1
@@ -104,10 +116,17 @@ class Reduction:
         else:
             (parameter,) = parcel.parameters
             assert parameter.grad is not None
-            if not parameter.grad.is_contiguous():
-                parameter.grad = parameter.grad.contiguous()
+            if _shared(parameter.grad) or not parameter.grad.is_contiguous():
+                parameter.grad = parameter.grad.clone(memory_format=torch.contiguous_format)
             parcel.sent = parameter.grad
         parcel.work = dist.all_reduce(parcel.sent, async_op=True)
+
+
+def _shared(gradient: Tensor) -> bool:
+    """Whether another tensor has the same memory: of a parameter that is seen through `unsqueeze` or `view`, autograd
+    may take the very gradient that flows on to the layers before."""
+    own = 2  # the gradient, and the object that is made here
+    return bool(torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > own)
 
 
 def parcels(parameters: Iterable[nn.Parameter]) -> list[Parcel]:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 
 from mmsa_dist import checkpoint, data_card, divided, metrics, run_folder
 from mmsa_dist.config import Monitor
@@ -89,7 +90,8 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     spec = data_spec(recipe, index)
     torch.manual_seed(recipe.seed)
     system = divided.build(recipe.system, recipe.model, spec, device(), in_parts=recipe.engine.zero == 3)
-    saved = checkpoint.load_latest(folder / "checkpoints")
+    # of a folder that nodes share, a list may be an older one on another than the first rank's
+    saved = checkpoint.load_latest(folder / "checkpoints", of_first)
     steps = -(-index.splits["train"] // recipe.data.batch_size) * recipe.train.epochs
     generator = label_generator(recipe, index, system, device())
     if generator.layers is not None:
@@ -109,6 +111,13 @@ def open_session(recipe: Recipe, folder: Path, rank: int, world: int) -> Session
     kind = kind_of(index)
     progress = saved.progress if saved else {}
     return Session(recipe, folder, rank, world, index, spec, kind, system, generator, engine, reader, loader, progress)
+
+
+def of_first(number: int) -> int:
+    """The first rank's number, on all. A collective call."""
+    told = torch.tensor(number, device=device())
+    dist.broadcast(told, 0)
+    return int(told)
 
 
 def check_same(folder: Path, index: AnyIndex) -> None:

@@ -13,7 +13,7 @@ import tyro
 
 from shards.errors import ConfigError
 from shards.options import Flag, option
-from shards.remote.url import SCHEMES
+from shards.remote.url import names_address
 from shards.sources import Source
 from shards.sources.columns import Columns, CsvColumns, FileColumns
 
@@ -47,7 +47,7 @@ class Target(ABC):
 
     def check(self) -> None:
         """Raises ConfigError for what no packing can use."""
-        if self.out.parts and self.out.parts[0] in {f"{scheme}:" for scheme in SCHEMES}:
+        if names_address(self.out):
             raise ConfigError(f"--out {self.out} is an address; pack into a folder here, then copy it there whole")
         if not 0 < self.shard_size < math.inf:
             raise ConfigError(

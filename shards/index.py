@@ -292,11 +292,13 @@ class Index(_Part, Numbered):
 def _local_text(path: Path) -> tuple[str, str]:
     """The index file in a folder, or itself: what messages call it, and its content."""
     file = path if path.name == FILE else path / FILE
-    if not path.exists():
-        raise DataError(f"{path}: no such folder; give one that mmsa-dist pack or index has written")
-    if path.is_file() and path != file:
-        raise DataError(f"{path}: is no folder with an {FILE}; give the folder, or index it first (mmsa-dist index)")
     try:
+        if not path.exists():
+            raise DataError(f"{path}: no such folder; give one that mmsa-dist pack or index has written")
+        if path.is_file() and path != file:
+            raise DataError(
+                f"{path}: is no folder with an {FILE}; give the folder, or index it first (mmsa-dist index)"
+            )
         return str(file), file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DataError(

@@ -25,7 +25,11 @@ def check(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--picture {path}: give a file that ends in one of {', '.join(FORMATS)}")
-    if not path.resolve().parent.is_dir() or path.is_dir():
+    try:
+        wrong = not path.resolve().parent.is_dir() or path.is_dir()
+    except OSError:
+        wrong = True
+    if wrong:
         raise ConfigError(f"--picture {path}: give a file in a folder that exists")
 
 

@@ -173,7 +173,7 @@ class _Shard:
                 return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         except ValueError as error:  # it has shrunk since its size was checked; to map and touch it would be a SIGBUS
             raise DataError(f"{self._path}: {error}, expected {size} bytes; copy it again or pack again") from error
-        except FileNotFoundError:  # what that means depends on where the file comes from: see Expected.use
+        except (FileNotFoundError, PermissionError):  # what that means is known elsewhere: see Expected.use
             raise
         except OSError as error:
             raise TransientError(

@@ -25,6 +25,7 @@ from shards.index import Index
 from shards.packing.job import stored_order
 from shards.pickled import Pickler, Streamed
 from shards.read import ShardReader
+from shards.remote.url import names_address
 from shards.suggest import counted, has
 from shards.utterance import MODALITIES, SPLITS, Utterance
 
@@ -71,7 +72,8 @@ def unpack(
         )
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout}: expected one of {', '.join(LAYOUTS)}")
-    _check_target(file, overwrite)
+    with _explained(file):
+        _check_target(file, overwrite)
     parts = {split: _Part.of(index, split) for split in SPLITS if index.splits.get(split)}
     shape = _Shape.of(index, parts, layout)
     # the source's order goes to and fro among the shards: they stay mapped
@@ -281,6 +283,8 @@ def _notes(index: Index, parts: dict[str, _Part], shape: _Shape) -> list[str]:
 
 
 def _check_target(file: Path, overwrite: bool) -> None:
+    if names_address(file):
+        raise ConfigError(f"--to {file} is an address; write the pickle to a file here, then copy it there")
     if file.is_dir():
         raise ConfigError(f"--to {file} is a folder; name the pickle in it, e.g. {file / 'features.pkl'}")
     if file.exists() and not overwrite:

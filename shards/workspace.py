@@ -227,12 +227,28 @@ def _lock(folder: Path, wait: bool = False) -> int | None:
     except OSError:
         os.close(descriptor)
         return None
+    _held.add(descriptor)
     return descriptor
 
 
 def _unlock(descriptor: int | None) -> None:
     if descriptor is not None:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()
+"""Descriptors of this process that lock a folder."""
+
+
+def _let_go() -> None:
+    """A forked writer that is busy longer than its driver lives must not keep the next from what that left."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _umask() -> int:

@@ -258,11 +258,22 @@ def _tars(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if re.match(r"[a-z0-9+]+://?", str(path)):
             raise ConfigError(f"{path}: tars are indexed where their bytes are read; run this where they are files")
-        if not path.exists():
-            raise DataError(f"{path}: no such file; give tars, or folders of them")
-        if not path.is_dir() and not path.is_file():
-            raise DataError(f"{path}: is no file; give tars, or folders of them")
-        inside = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+        try:
+            if not path.exists():
+                raise DataError(f"{path}: no such file; give tars, or folders of them")
+            if not path.is_dir() and not path.is_file():
+                raise DataError(f"{path}: is no file; give tars, or folders of them")
+            if path.is_dir():
+                next(path.iterdir(), None)  # of a folder that may not be read, `rglob` finds nothing
+            inside = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+            strange = next((tar for tar in inside if not tar.is_file()), None)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if strange:
+            raise DataError(
+                f"{strange}: is a folder, or a link that leads nowhere; give the tars by name, or (of git-annex) get "
+                "them first"
+            )
         if packed := sorted(other for other in path.rglob("*") if _PACKED.search(other.name)) if path.is_dir() else []:
             more = f" (and {len(packed) - 1:,} more like it)" if len(packed) > 1 else ""
             raise DataError(

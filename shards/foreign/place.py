@@ -18,6 +18,7 @@ from shards.errors import ConfigError, DataError, MmsaError, TransientError
 from shards.files import is_utf8, write_atomic
 from shards.foreign.scan import TABLES, Scanned
 from shards.index import FILE, Index
+from shards.remote.url import names_address
 from shards.workspace import resolved
 
 _TABLE = re.compile(r"(?P<dot>\.)?.+\.[0-9a-f]{12}\.arrow(?(dot)\.\d+\.tmp)")
@@ -41,16 +42,21 @@ class Place:
     """
 
     def __init__(self, tars: Sequence[Path], out: Path | None, overwrite: bool) -> None:
+        if out and names_address(out):
+            raise ConfigError(f"--out {out} is an address; put the index into a folder here, then copy it there whole")
         self._tars = [tar.absolute().parent.resolve() / tar.name for tar in tars]  # a link keeps its own name
         common = Path(os.path.commonpath([tar.parent for tar in self._tars]))
         self.folder = resolved(out) if out else common
         self._links = self.folder != common
         self.urls = [tar.relative_to(common).as_posix() for tar in self._tars]
         self._overwrite = overwrite
-        self._old = self._existing()
         self._made: list[Path] = []
         self._targets: dict[Path, Path] = {}  # link -> tar
-        self._check()
+        try:
+            self._old = self._existing()
+            self._check()
+        except OSError as error:
+            raise self._failed(error) from error
 
     @contextmanager
     def open(self) -> Iterator[Self]:

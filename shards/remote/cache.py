@@ -105,10 +105,7 @@ class Cache:
                 )
             with self._claimed(wanted) as part:
                 if part is not None:
-                    if self.holds(wanted):
-                        return False
-                    self._fill(part, wanted)
-                    return True
+                    return not self.holds(wanted) and self._fill(part, wanted)
             if not wait:
                 return False
             time.sleep(pause)
@@ -133,17 +130,23 @@ class Cache:
             if part is not None:
                 part.close()
 
-    def _fill(self, part: "_Part", wanted: Wanted) -> None:
-        """Downloads the object into its part, and gives the part its name."""
+    def _fill(self, part: "_Part", wanted: Wanted) -> bool:
+        """Downloads the object into its part, and gives the part its name.
+
+        False where another node was faster: over a network, to replace a file may take it from who has it mapped.
+        """
         while True:
             try:
                 self._make_room(wanted.bytes)
                 download(wanted.url, wanted.bytes, wanted.sha256, part.clear, part.write)
                 part.keep()
                 with self._one_at_a_time():
+                    if self.holds(wanted):
+                        return False
                     self._make_room(wanted.bytes)
                     part.path.replace(self.path(wanted.sha256))
-                return
+                part.seal()
+                return True
             except LocalError as local:
                 number = local.errno
             except OSError as error:
@@ -238,6 +241,7 @@ class _Part:
             path.unlink(missing_ok=True)
             return cls._own(path)
         with suppress(FileNotFoundError):
+            os.utime(file.fileno())  # who died long ago has left it: it lives again, and is not to be cleared away
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return cls(path, file)
         file.close()  # it has just become the object
@@ -261,11 +265,15 @@ class _Part:
                 view = view[self._file.write(view) :]
 
     def keep(self) -> None:
-        """Makes it survive a power cut; nobody writes it again."""
+        """Makes it survive a power cut."""
         with _local():
             os.fsync(self._file.fileno())
-            os.fchmod(self._file.fileno(), 0o444)
             os.utime(self._file.fileno(), ns=(time.time_ns(),) * 2)  # used now; the clock of a file system is coarser
+
+    def seal(self) -> None:
+        """Nobody writes it again. Not before it has its name: who waits for a part opens it to write."""
+        with suppress(OSError):
+            os.fchmod(self._file.fileno(), 0o444)
 
     def close(self) -> None:
         """Ends the claim; a part that has not become an object goes."""

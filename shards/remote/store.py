@@ -81,7 +81,8 @@ def download(url: str, size: int, sha256: str, begin: Callable[[], None], write:
         begin()
         digest, received = hashlib.sha256(), 0
         stream = Stream(url, silence)
-        for piece in stream.pieces(deadline=time.monotonic() + 4 * silence + size / SLOWEST):
+        deadline = time.monotonic() + 4 * silence + size / SLOWEST
+        for piece in stream.pieces(lambda came: deadline):
             received += len(piece)
             if received > size:
                 raise BadBytesError(
@@ -112,7 +113,8 @@ def read(url: str, limit: int) -> bytes:
 
     def attempt() -> bytes:
         parts, received = [], 0
-        for piece in Stream(url, silence).pieces(deadline=time.monotonic() + 4 * silence + limit / SLOWEST):
+        patient = time.monotonic() + 4 * silence  # its size is not known: what came earns it time
+        for piece in Stream(url, silence).pieces(lambda came: patient + came / SLOWEST):
             received += len(piece)
             if received > limit:
                 raise DataError(f"{url}: is larger than {limit:,} bytes; it is not what it is taken for")
@@ -155,19 +157,23 @@ class Stream:
     def __init__(self, url: str, silence: float) -> None:
         self._url = url
         self._silence = silence
+        self._came = 0
         self.declared: int | None = None
 
-    def pieces(self, deadline: float) -> Iterator[bytes]:
+    def pieces(self, deadline: Callable[[int], float]) -> Iterator[bytes]:
         """The object from its beginning.
 
+        Args:
+            deadline: of so many bytes that came: when there must be more.
+
         Raises:
-            TimeoutError: no byte came for as long as a server may be silent, or the whole takes beyond `deadline`.
+            TimeoutError: no byte came for as long as a server may be silent, or it takes beyond `deadline`.
             Exception: whatever fsspec and the library below raise.
         """
         fs = filesystem(self._url.partition("://")[0], self._silence)
         yield from self._streamed(fs, deadline) if _can_stream(fs) else self._in_blocks(fs, deadline)
 
-    def _streamed(self, fs: Any, deadline: float) -> Generator[bytes]:
+    def _streamed(self, fs: Any, deadline: Callable[[int], float]) -> Generator[bytes]:
         from fsspec.asyn import sync
 
         file = sync(fs.loop, fs.open_async, self._url, size=0)  # 0: do not ask for the size, the answer tells it
@@ -177,10 +183,10 @@ class Stream:
         finally:
             sync(fs.loop, _close, file)
 
-    async def _piece(self, file: Any, deadline: float) -> bytes:
+    async def _piece(self, file: Any, deadline: Callable[[int], float]) -> bytes:
         parts, size = [], 0
         while size < PIECE:
-            async with asyncio.timeout(min(self._silence, deadline - time.monotonic())):
+            async with asyncio.timeout(min(self._silence, deadline(self._came) - time.monotonic())):
                 part = await file.read(PIECE - size)
             if self.declared is None:
                 self.declared = _declared(file)
@@ -188,14 +194,16 @@ class Stream:
                 break
             parts.append(part)
             size += len(part)
+            self._came += len(part)
         return b"".join(parts)
 
-    def _in_blocks(self, fs: Any, deadline: float) -> Generator[bytes]:
+    def _in_blocks(self, fs: Any, deadline: Callable[[int], float]) -> Generator[bytes]:
         with fs.open(self._url, "rb", block_size=4 * PIECE) as file:
             self.declared = getattr(file, "size", None)
             while piece := file.read(PIECE):
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline(self._came):
                     raise TimeoutError
+                self._came += len(piece)
                 yield piece
 
 

@@ -20,6 +20,11 @@ def is_url(place: str | Path) -> bool:
     return isinstance(place, str) and _URL.match(place) is not None
 
 
+def names_address(path: Path) -> bool:
+    """Whether a path of this machine was meant as an address: of s3://bucket/mosi it makes s3:/bucket/mosi."""
+    return bool(path.parts) and path.parts[0] in {f"{scheme}:" for scheme in SCHEMES}
+
+
 def folder_url(url: str) -> str:
     """The address of a data set's folder, without a slash at its end; `url` may also name its ``index.json``.
 

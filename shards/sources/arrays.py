@@ -9,9 +9,10 @@ An array is one of
 Shapes: N rows of the npz, T steps, D width, S steps of all utterances together.
 """
 
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,25 @@ from shards.files import sha256_of
 from shards.sources.columns import Columns, feature_names, feature_option
 from shards.sources.lengths import whole
 from shards.sources.pickles import describe
+from shards.sources.stamp import check_file
 from shards.suggest import nearest
 from shards.utterance import MODALITIES
 
 DAMAGE = (OSError, ValueError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for a file that is no array, or has pickled objects."""
+
+
+def loaded(load: Callable[[], Any]) -> Any:
+    """What numpy loads.
+
+    Raises:
+        ValueError: it is damaged or encrypted: numpy says so in the words of Python's parser, or of whatever it met.
+        OSError, EOFError, …: see `DAMAGE`.
+    """
+    try:
+        return load()
+    except (SyntaxError, TypeError, LookupError, ArithmeticError, RuntimeError, tokenize.TokenError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class Arrays:
@@ -35,8 +50,9 @@ class Arrays:
     def __init__(self, path: Path, columns: Columns) -> None:
         self._path = path
         id_array = columns.id_array or "id"
+        check_file(path)
         try:
-            archive = np.load(path, allow_pickle=False)
+            archive = loaded(lambda: np.load(path, allow_pickle=False))
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             with archive:
@@ -98,7 +114,10 @@ class Arrays:
     def _array(self, archive: Mapping[str, np.ndarray], name: str, option: str) -> np.ndarray:
         if name not in self._names:
             raise DataError(f"{self._path}: there is no array {name!r} ({option}){nearest(name, self._names)}")
-        return archive[name]
+        found = loaded(lambda: archive[name])
+        if not isinstance(found, np.ndarray):  # whatever else lies in the zip file
+            raise DataError(f"{self._path}: {name} ({option}) is no array; write the file anew with np.savez")
+        return found
 
     def _sequence(
         self, archive: Mapping[str, np.ndarray], modality: str, spec: str | None, count: int

@@ -47,7 +47,7 @@ class CsvColumns(BaseModel):
         """
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date that is none, say
             raise ConfigError(f"--columns {path}: cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"--columns {path}: holds {type(content).__name__}, expected `name: column` lines")

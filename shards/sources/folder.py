@@ -9,6 +9,7 @@ Shapes: T steps, D width.
 import hashlib
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from shards.errors import ConfigError, DataError
 from shards.files import sha256_of
-from shards.sources.arrays import DAMAGE
+from shards.sources.arrays import DAMAGE, loaded
 from shards.sources.columns import FileColumns, feature_names, feature_option
 from shards.sources.pickles import describe
 from shards.sources.rows import Rows
@@ -108,6 +109,12 @@ class Files:
             for m in paths
             if m not in wanted and m != "text"
         ]
+        for m in wanted:
+            if alike := {path: n for path, n in Counter(self._there[m].values()).items() if n > 1}:
+                self._notes.append(
+                    f"{m}: {sum(alike.values()):,} utterances share their file with others, e.g. {next(iter(alike))}; "
+                    "see --files"
+                )
         self.widths = {modality: self._width(modality) for modality in wanted}
         self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest()}
 
@@ -128,8 +135,14 @@ class Files:
     def _has(self, path: str, modality: str) -> bool:
         """The file is there and, if it is an npz, has the modality."""
         file = self._folder / path
-        if not file.is_file():
-            return False
+        try:
+            if not file.is_file():
+                return False
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be looked at ({error.strerror}); let this user read the folder, or correct that row "
+                "of the csv"
+            ) from error
         if file.suffix == ".npy":
             return True
         try:
@@ -145,11 +158,11 @@ class Files:
         try:
             if file.suffix == ".npy":
                 # mapped, so that a header which claims more than the file holds is an error and no allocation
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
+                array = loaded(lambda: np.load(file, mmap_mode="r", allow_pickle=False))
             else:
                 at += f": {self._names[modality]}"
                 with np.load(file, allow_pickle=False) as archive:
-                    array = archive[self._names[modality]]
+                    array = loaded(lambda: archive[self._names[modality]])
         except DAMAGE as error:
             raise _unreadable(file, error) from error
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.ndim not in (1, 2, 3):
@@ -181,7 +194,10 @@ class Files:
         """sha256 of all names and contents."""
         digest = hashlib.sha256()
         for path in sorted({path for its in self._there.values() for path in its.values()}):
-            digest.update(f"{path}\0{sha256_of(self._folder / path)}\n".encode())
+            try:
+                digest.update(f"{path}\0{sha256_of(self._folder / path)}\n".encode())
+            except OSError as error:
+                raise _unreadable(self._folder / path, error) from error
         return digest.hexdigest()
 
     def _nothing(self, paths: Mapping[str, Mapping[str, str]]) -> str:

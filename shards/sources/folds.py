@@ -8,6 +8,7 @@ import yaml
 
 from shards.errors import ConfigError, DataError
 from shards.sources.rows import SPLIT_NAMES
+from shards.sources.stamp import check_file
 from shards.suggest import nearest
 from shards.utterance import SPLITS
 
@@ -47,7 +48,7 @@ def _by_name(path: Path) -> dict[str, list[str]]:
     try:
         # every scalar a string: YAML would take the id 100178 for a number, 1:30 for ninety and no for false
         content: Any = yaml.load(_text(path), Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())}; {EXPECTED}") from error
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds {'a ' + type(content).__name__ if content else 'nothing'}; {EXPECTED}")
@@ -62,6 +63,7 @@ def _by_name(path: Path) -> dict[str, list[str]]:
 
 
 def _text(path: Path) -> str:
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

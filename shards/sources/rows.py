@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shards.errors import ConfigError, DataError
 from shards.sources.columns import CsvColumns
+from shards.sources.stamp import check_file
 from shards.suggest import nearest
 from shards.utterance import SPLITS, TASKS
 
@@ -25,6 +26,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        check_file(path)
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.reader(file, strict=True)

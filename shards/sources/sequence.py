@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from shards.errors import DataError
+from shards.sources.stamp import check_file
 
 if TYPE_CHECKING:
     import h5py
@@ -63,6 +64,7 @@ class ComputationalSequence:
         self._recent: OrderedDict[str, _Entry] = OrderedDict()
         self._kept = 0
         self.videos: dict[str, list[str]] = {}
+        check_file(path)
         try:
             with self._explained():
                 names = sorted(self._data(), key=entry_number)

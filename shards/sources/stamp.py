@@ -1,6 +1,8 @@
 """What tells a file from the one that it was: an input that is changed while it is packed would be neither."""
 
+import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,8 +35,7 @@ class Stamp:
             raise DataError(f"{path}: no such file; expected a feature pickle") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise DataError(f"{path}: is a pipe or a device, expected a file; write it to the disk first")
+        _check_kind(path, found)
         return cls(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
 
     def check(self) -> None:
@@ -47,3 +48,18 @@ class Stamp:
             raise DataError(
                 f"{self.path}: changed while it was packed; nothing of it is kept: pack it again when it is whole"
             )
+
+
+def check_file(path: Path) -> None:
+    """That a reader would not wait for ever, nor read it once and its checksum of nothing: what is missing it says.
+
+    Raises:
+        DataError: it is a pipe or a device.
+    """
+    with suppress(OSError):
+        _check_kind(path, path.stat())
+
+
+def _check_kind(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise DataError(f"{path}: is a pipe or a device, expected a file; write it to the disk first")

@@ -274,6 +274,29 @@ def test_a_restart_is_invisible_wherever_the_run_stopped(ranks: Callable[..., An
         assert again["result"] == whole["result"], taken
 
 
+def opened(folder: Path, recipe: dict[str, Any]) -> int:
+    """The step that this rank goes on from; all but the first do not see the newest checkpoint in a list yet."""
+    from mmsa_dist import checkpoint
+    from mmsa_dist.session import open_session
+
+    saved = checkpoint.saved
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank():
+            patch.setattr(checkpoint, "saved", lambda folder: saved(folder)[:-1])
+        session = open_session(from_dict(recipe), folder, dist.get_rank(), dist.get_world_size())
+    session.close()
+    return session.engine.steps
+
+
+def test_all_ranks_go_on_from_the_same_step(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
+    """A folder that nodes share may be listed late on some."""
+    recipe = recipe_for("ufen_mtfn", data, checkpoint={"every_steps": 4, "keep": 2}).dump()
+    assert ranks(opened, 2, tmp_path, recipe) == [0, 0]
+    ranks(train, 2, tmp_path, recipe, 10)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+    assert ranks(opened, 2, tmp_path, recipe) == [8, 8]
+
+
 def test_the_test_split_is_sacred(ranks: Callable[..., Any], data: Path, tmp_path: Path) -> None:
     """Law 6: with its shards gone, everything works but the very last read, and not even that where it is not asked."""
     import shutil

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from mmsa_dist.errors import TrainingError
 from mmsa_dist.reduction import LARGE, TOGETHER, Reduction, parcels
 
 WIDTH = 160  # WIDTH x WIDTH is large, a bias is small
@@ -103,6 +105,73 @@ def test_one_rank_sends_nothing_and_hooks_leave(ranks: Callable[..., Any]) -> No
     assert not alone["messages"]
     for answer in [alone, *ranks(reduced, 2, 1)]:
         assert set(answer["hooks"]) == {1}  # the test's own
+
+
+class Views(nn.Module):
+    """Large parameters that are seen through views: autograd takes for their gradients the memory of the one that they
+    are added to, which layers before them read later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.slow = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(8)])
+        self.added = nn.ParameterList([nn.Parameter(torch.randn(WIDTH * WIDTH)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.slow(x)
+        for each in self.added:
+            x = x + each.view(WIDTH, WIDTH)
+        return x
+
+
+def viewed(rank: int) -> Tensor:
+    return torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(rank))
+
+
+def reduced_views() -> list[dict[str, Tensor]]:
+    net, found = Views(), []
+    reduction = Reduction(net)
+    for _ in range(5):
+        net.zero_grad(set_to_none=True)
+        x = viewed(dist.get_rank())
+        reduction.backward(Tensor.backward, (net(x) * x).mean(), last=True)
+        found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    reduction.close()
+    return found
+
+
+def test_a_gradient_that_flows_on_is_not_changed_meanwhile(ranks: Callable[..., Any]) -> None:
+    net = Views()
+    loss = torch.stack([(net(viewed(rank)) * viewed(rank)).mean() for rank in range(2)]).mean()
+    wanted = dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
+    for steps in ranks(reduced_views, 2):
+        for step in steps:
+            for name, gradient in step.items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def in_parts() -> str:
+    """A layer within two checkpoints of the old kind, each of which is a backward pass of its own."""
+    net = nn.Linear(WIDTH, WIDTH)
+    reduction = Reduction(net)
+    x = inputs(dist.get_rank(), 0).requires_grad_()
+    for _ in range(2):
+        x = checkpoint(net, x, use_reentrant=True)
+    try:
+        reduction.backward(Tensor.backward, x.square().mean(), last=True)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        reduction.close()
+    return ""
+
+
+def test_a_gradient_that_comes_in_parts_is_refused(ranks: Callable[..., Any]) -> None:
+    for said in ranks(in_parts, 2):
+        assert "got its gradient in parts" in said and "use_reentrant=False" in said
+    assert ranks(in_parts, 1) == [""], "one rank sends nothing"
 
 
 @given(st.lists(st.integers(1, 3 * LARGE), max_size=200))

@@ -27,6 +27,27 @@ class Forward(Theirs):
         return batch["audio"]
 
 
+import torch
+
+
+class Scalar(Theirs):
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
+class Empty(Theirs):
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.nothing = nn.Linear(0, 3)
+
+
+class Turned(Theirs):
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.turned = nn.Parameter(torch.zeros(3, 2).t())
+
+
 class Needy(Theirs):
     class Config(Config):
         width: int
@@ -81,6 +102,21 @@ def test_a_system_that_cannot_be_made(capfd: pytest.CaptureFixture[str], data: s
         line = sentence(capfd, 2, *words)
         assert line.startswith("error: system '") and message in line
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Scalar", "its parameter temperature has the shape ()"),
+        ("Empty", "its parameter nothing.weight has the shape (3, 0)"),
+        ("Turned", "its parameter turned is not contiguous"),
+    ],
+)
+def test_a_parameter_that_cannot_be_sent_or_saved(
+    capfd: pytest.CaptureFixture[str], data: str, name: str, said: str
+) -> None:
+    """DeepSpeed would end with an error of its own, or the first checkpoint would not load."""
+    assert f"error: system faulty:{name}: {said}; " in sentence(capfd, 2, "train", f"faulty:{name}", "--data", data)
 
 
 def test_a_system_that_cannot_predict(capfd: pytest.CaptureFixture[str], data: str) -> None:

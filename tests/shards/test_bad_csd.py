@@ -174,6 +174,7 @@ def test_wherever_a_file_is_cut_or_flipped_it_is_a_sentence(tmp_path: Path) -> N
         ("", "folds.yaml: holds nothing; expected lists of video ids under train, valid and test"),
         ("- a\n", "folds.yaml: holds a list; expected lists"),
         ("train: [", "folds.yaml: neither YAML nor JSON: while parsing a flow"),
+        ("[" * 9999, "folds.yaml: neither YAML nor JSON: maximum recursion depth exceeded"),
         ("trian: [a]\n", "folds.yaml: unknown fold 'trian'; did you mean 'train'?"),
         ("train: a\n", "folds.yaml: train is no list of video ids; expected lists"),
         ("train: [[a]]\n", "folds.yaml: train is no list of video ids; expected lists"),

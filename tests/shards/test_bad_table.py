@@ -1,13 +1,18 @@
 """Law 9 for a csv and its npz: arrays and columns that are not what the options say."""
 
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shards.errors import ConfigError, DataError
+from shards.sources.columns import Columns
+from shards.sources.folds import read_folds
+from shards.sources.sequence import ComputationalSequence
 from shards.sources.table import TableSource
-from tests.shards.test_sources_table import ROWS, arrays, everything, refused, source, table, write_csv
+from tests.shards.test_sources_table import ROWS, arrays, everything, refused, source, table, write_csv, write_npz
 
 pytestmark = pytest.mark.fault
 
@@ -70,3 +75,33 @@ def test_fewer_videos_than_none(tmp_path: Path) -> None:
     columns = table(split=["train" if s == "valid" else s for s in table()["split"]])
     said = refused(tmp_path, ConfigError, columns, hold_out_valid=-1)
     assert "--hold-out-valid -1: expected a number of videos, 0 or more" in said
+
+
+@pytest.mark.parametrize("content", ["split: 2020-13-45", "id: 0b_", "[" * 9999])
+def test_a_yaml_of_columns_that_is_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "columns.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"--columns .*columns\.yaml: cannot be read: "):
+        Columns.from_yaml(path, overrides={})
+
+
+@pytest.mark.parametrize("name", ["id", "sound"])
+def test_what_else_lies_in_a_zip_file(tmp_path: Path, name: str) -> None:
+    npz, csv = write_npz(tmp_path, {k: v for k, v in arrays().items() if k != name}), write_csv(tmp_path, table())
+    with zipfile.ZipFile(npz, "a") as archive:
+        archive.writestr(name, "no array")
+    with pytest.raises(DataError, match=rf"features\.npz: {name} \(--.*\) is no array; write the file anew"):
+        TableSource(csv, npz, Columns(audio="sound"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Nor read once, and its checksum of what is left in it."""
+    os.mkfifo(tmp_path / "pipe")
+    csv = write_csv(tmp_path, table())
+    for given in ((tmp_path / "pipe",), (csv, tmp_path / "pipe", Columns(audio="sound"))):
+        with pytest.raises(DataError, match="pipe: is a pipe or a device, expected a file; write it to the disk first"):
+            TableSource(*given)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        ComputationalSequence(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        read_folds((tmp_path / "pipe",))

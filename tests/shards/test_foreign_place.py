@@ -93,6 +93,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert names(tmp_path / "taken") == ["train-0.tar"]
 
 
+def test_places_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "tars", COUNTS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--out .* cannot be written \(File name too long\)"):
+        indexed(tmp_path / "tars", tmp_path / ("a" * 300))
+    with pytest.raises(ConfigError, match="--out s3:/bucket/set is an address; put the index into a folder here"):
+        indexed(tmp_path / "tars", Path("s3://bucket/set"))
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        indexed(tmp_path / ("a" * 300))
+    (tmp_path / "tars" / "valid-1.tar").symlink_to(tmp_path / "annexed")
+    with pytest.raises(DataError, match=r"valid-1\.tar: is a folder, or a link that leads nowhere"):
+        indexed(tmp_path / "tars")
+    assert names(tmp_path) == ["tars"]
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)  # `rglob` would find nothing, and say nothing
+    with pytest.raises(DataError, match="tars: cannot be read: Permission denied"):
+        indexed(tmp_path / "tars")
+
+
 def test_an_index_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_set(tmp_path, COUNTS)
     old = indexed(tmp_path)

@@ -153,6 +153,12 @@ def test_not_an_index(index: Index) -> None:
     assert "not an index of this tool" in refused(index)
 
 
+def test_a_folder_that_cannot_be_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "verify"):
+        assert main([command, "a" * 300]) == 3
+        assert "index.json: cannot be read: " in capsys.readouterr().err
+
+
 def test_an_index_from_a_newer_version(index: Index) -> None:
     edited(index, schema=SCHEMA + 1, tool_version="9.9", something_new=1)
     said = refused(index)

@@ -328,6 +328,6 @@ def test_picture(index: Index, classes: Index, tmp_path: Path, capsys: pytest.Ca
         pixels = imread(file)
         assert pixels.shape[1] > 300 and pixels.min() < pixels.max()
     capsys.readouterr()
-    for wrong in (tmp_path / "looks.gif", tmp_path / "nowhere" / "looks.png"):
+    for wrong in (tmp_path / "looks.gif", tmp_path / "nowhere" / "looks.png", tmp_path / f"{'a' * 300}.png"):
         assert main(["inspect", str(index.folder), "--picture", str(wrong)]) == 2
         assert f"--picture {wrong}: give a file" in capsys.readouterr().err

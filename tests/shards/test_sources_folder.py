@@ -226,6 +226,44 @@ def test_a_file_that_is_damaged(tmp_path: Path, together: bool) -> None:
         assert str(caught.value).startswith(f"{path}: cannot be read as numbers without pickled objects: ")
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    "header", [b", 5(, }", b", 5),  ", b", '), }", b", {}), }", b", [):0 }", b",5" + b"0" * 20 + b"), }"]
+)
+def test_a_header_that_python_cannot_parse(tmp_path: Path, header: bytes, together: bool) -> None:
+    of = source(tmp_path, together=together)
+    path = tmp_path / "features" / ("v0_1.npz" if together else "audio/v0/1.npy")
+    path.write_bytes(path.read_bytes().replace(b", 5), }".ljust(len(header)), header))
+    with pytest.raises(DataError, match="cannot be read as numbers without pickled objects: "):
+        of.read("train", 1)
+
+
+@pytest.mark.fault
+def test_files_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    rows = table()
+    rows["video_id"][0] = "a" * 300
+    assert "cannot be looked at (File name too long); let this user read the folder" in refused(
+        tmp_path, DataError, rows=rows
+    )
+    write_files(tmp_path, arrays())
+    (tmp_path / "features/vision/v7/2.npy").unlink()
+    (tmp_path / "features/vision/v7/2.npy").symlink_to("/proc/self/mem")  # reading it fails, as of a bad disk
+    with pytest.raises(DataError, match=r"vision/v7/2\.npy: cannot be read as numbers .* Input/output error"):
+        FolderSource(write_csv(tmp_path, table()), tmp_path / "features")
+
+
+def test_utterances_of_one_file_are_told(tmp_path: Path) -> None:
+    of = source(tmp_path, {"audio": arrays()["audio"]}, audio="audio", vision="none", text_features="none")
+    assert of.notes() == []
+    for video in {key.split("/")[0] for key in arrays()["audio"]}:
+        path = tmp_path / "features" / "audio" / f"{video}.npy"
+        np.save(path, np.ones((3, 5)))
+    columns = FileColumns(files="{modality}/{video_id}.npy", vision="none", text_features="none")
+    of = FolderSource(tmp_path / "table.csv", tmp_path / "features", columns)
+    assert of.notes() == ["audio: 24 utterances share their file with others, e.g. audio/v0.npy; see --files"]
+
+
 def test_widths_that_differ(tmp_path: Path) -> None:
     given = {"audio": {**arrays()["audio"], "v1/1": np.zeros((3, 4))}}
     with pytest.raises(

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,20 @@ def test_a_file_that_cannot_be_read(
         index.expected_tar(0).check()
     with pytest.raises(kind, match=said):
         index.table(0)
+
+
+def test_a_shard_that_this_user_may_not_read(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no checksum is asked for, the mapping is the first to meet it. Trying again would not help."""
+    usual = Path.open
+
+    def refused(path: Path, *how: Any, **options: Any) -> Any:
+        if path == index.tar_path(0):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return usual(path, *how, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with ShardReader(index, verify=False) as reader, pytest.raises(DataError, match=r"\.tar: .*let this user read it"):
+        reader.sample(0)
 
 
 def test_no_more_open_files(index: Index) -> None:

@@ -187,6 +187,17 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
         unpack(index, tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("to", "said"), [("a" * 300, "cannot be written: File name too long"), ("s3://b/x.pkl", "is an address; write")]
+)
+def test_a_file_that_cannot_be(tmp_path: Path, to: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, _ = pack(MmsaSource(written(tmp_path, content())), tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        unpack(index, Path(to))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["features.pkl", "set"]
+
+
 def test_a_damaged_shard_leaves_nothing(tmp_path: Path) -> None:
     index, _ = pack(MmsaSource(written(tmp_path, content())), tmp_path / "set")
     overwrite(index.tar_path(2), 700, b"\xff")

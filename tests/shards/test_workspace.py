@@ -3,6 +3,9 @@
 import fcntl
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from shards.errors import ConfigError
 from shards.index import Index
 from shards.sources.generated import GeneratedSource
 from shards.utterance import Utterance
-from shards.workspace import check_target, workspace
+from shards.workspace import check_target, finished, workspace
 from shards.write import pack
 
 pytestmark = pytest.mark.fault
@@ -140,3 +143,31 @@ def test_names_that_nothing_can_hold(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"its file, .* which an index cannot hold; rename it"):
         pack(source, tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from shards.workspace import workspace
+
+with workspace(Path(sys.argv[1]), {}) as folder:
+    (folder / "train-00000.done.json").write_text("{}")
+    if pid := os.fork():
+        print(pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(1)
+    time.sleep(600)
+"""
+
+
+def test_a_writer_that_outlives_its_driver_does_not_keep_what_that_left(tmp_path: Path) -> None:
+    """It may be in the middle of something slow when the same command comes again."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "set")]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    try:
+        with workspace(tmp_path / "set", {}) as folder:
+            assert finished(folder) == ["train-00000"]
+    finally:
+        os.kill(int(ended.stdout), signal.SIGKILL)
+    assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from shards.errors import ConfigError, DataError, TransientError
 from shards.remote import cache as cache_module
 from shards.remote.cache import DEFAULT_LIMIT, Cache, Wanted
 from shards.remote.file import RemoteFile
+from shards.trust import marker_folder
 from tests.disk import disk_of
 from tests.shards.made import overwrite
 from tests.shards.remote import servers
@@ -154,6 +155,48 @@ def test_without_locks_both_download_and_neither_harms(server: Web, monkeypatch:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: Cache().fetch(wanted(server, 0)), range(4)))
     assert is_whole(wanted(server, 0)) and files() == [wanted(server, 0).sha256]
+
+
+def test_a_part_is_to_be_written_until_it_is_the_object(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for it opens it to write, and whoever but root may not open so what is read-only."""
+    modes: list[int] = []
+    make_room = Cache._make_room
+
+    def looking(cache: Cache, needed: int) -> None:
+        modes.extend(path.stat().st_mode & 0o777 for path in cache.folder.glob("??/.*"))
+        make_room(cache, needed)
+
+    monkeypatch.setattr(Cache, "_make_room", looking)
+    fetch_all(server.url, [0])
+    assert modes == [0o600, 0o600]
+    assert Cache().path(wanted(server, 0).sha256).stat().st_mode & 0o777 == 0o444
+
+
+def test_a_part_that_died_long_ago_is_taken_over(server: Web) -> None:
+    """And not cleared away by who has it now."""
+    one = wanted(server, 0)
+    part = Cache().path(one.sha256).with_name(f".{one.sha256}.{cache_module._kernel()}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half of it")
+    os.utime(part, (time.time() - 7200,) * 2)
+    assert Cache().fetch(one)
+    assert files() == [one.sha256] and is_whole(one) and server.gets == {"0.tar": 1}
+
+
+def test_another_node_was_faster(server: Web) -> None:
+    """What it has put there stays, for it may be mapped; and is not taken for verified by who has not read it."""
+    file, inodes = remote_file(server, 0), []
+
+    def meanwhile(handler: servers.Handler, data: bytes) -> None:
+        file.path.write_bytes(data)
+        inodes.append(file.path.stat().st_ino)
+        well(handler, data)
+
+    server.script["0.tar"] = [meanwhile]
+    file.fetch()
+    assert [file.path.stat().st_ino] == inodes and files() == [file.sha256]
+    assert not marker_folder().exists()
+    assert file.use(Path.read_bytes) == content(0)
 
 
 def as_node(server_url: str, name: str) -> None:

@@ -143,6 +143,17 @@ def test_a_server_that_drips_is_a_silent_one(server: Web, monkeypatch: pytest.Mo
     assert time.monotonic() - began < 15
 
 
+def test_an_index_that_drips_is_silent_too(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size that it might have."""
+    monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "0.1")
+    (server.folder / "o.tar").write_bytes(b"x" * 1000)
+    server.script["o.tar"] = [servers.drips]
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="the server is silent; 5 tries"):
+        read(f"{server.url}/o.tar", 1 << 29)
+    assert time.monotonic() - began < 15
+
+
 def test_nobody_listens() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
