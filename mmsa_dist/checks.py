@@ -59,8 +59,8 @@ def check_parameters(module: nn.Module, whose: str) -> None:
         if not parameter.dim() or not parameter.numel() or not parameter.is_contiguous():
             what = "is not contiguous" if parameter.numel() > 1 else f"has the shape {tuple(parameter.shape)}"
             raise ConfigError(
-                f"{whose}: its parameter {name} {what}; one that ranks can share has a dimension, a number in it and "
-                "its numbers in order: make a single one of shape (1,), leave an empty one out, or call contiguous()"
+                f"{whose}: its parameter {name} {what}; ranks share what has a dimension, is not empty and lies in "
+                "order: make a single number of shape (1,), leave an empty parameter out, or call contiguous()"
             )
 
 

@@ -39,7 +39,7 @@ class Scalar(Theirs):
 class Empty(Theirs):
     def __init__(self, config, spec):
         super().__init__(config, spec)
-        self.nothing = nn.Linear(0, 3)
+        self.nothing = nn.Parameter(torch.empty(0, 3))
 
 
 class Turned(Theirs):
@@ -108,7 +108,7 @@ def test_a_system_that_cannot_be_made(capfd: pytest.CaptureFixture[str], data: s
     ("name", "said"),
     [
         ("Scalar", "its parameter temperature has the shape ()"),
-        ("Empty", "its parameter nothing.weight has the shape (3, 0)"),
+        ("Empty", "its parameter nothing has the shape (0, 3)"),
         ("Turned", "its parameter turned is not contiguous"),
     ],
 )
