@@ -239,8 +239,8 @@ def ahead(words: Sequence[str] = ()) -> Iterator[Forerunners]:
     """Forerunners for a run; those that did not become ranks end with the context.
 
     Args:
-        words: of its command. Where they alone say that ranks will be local, one is sent at once: reading the recipe
-            takes a third as long as it does.
+        words: of its command. Where they alone say that ranks will be local, one is sent at once, as reading the
+            recipe imports torch too.
     """
     sent = Forerunners()
     try:

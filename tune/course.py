@@ -154,14 +154,12 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
 
 def connected(recipe: Recipe, asked: Asked) -> int:
     """Joins or starts the cluster; gives how many trials run in it at once."""
-    from tune.search import concurrency, joined, say_if_busy
+    from tune.search import at_once
 
-    fits = concurrency(recipe.launch, joined(recipe))
-    if asked.max_concurrent is not None and fits < asked.max_concurrent:
-        print(f"--max-concurrent {asked.max_concurrent} is lowered to {fits}: the cluster has room for no more")
-    at_once = min(fits, asked.max_concurrent or fits)
-    say_if_busy(recipe.launch, at_once)
-    return at_once
+    count = at_once(recipe, asked.max_concurrent)
+    if asked.max_concurrent is not None and count < asked.max_concurrent:
+        print(f"--max-concurrent {asked.max_concurrent} is lowered to {count}: the cluster has room for no more")
+    return count
 
 
 def for_trials(recipe: Recipe, folder: Path) -> Recipe:

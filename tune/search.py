@@ -38,10 +38,17 @@ STATE = "tune"
 from is in the folders of its trials."""
 
 
-def joined(recipe: Recipe) -> list[dict[str, float]]:
-    """Joins or starts the recipe's cluster; gives what each of its nodes has, busy or not."""
+def at_once(recipe: Recipe, most: int | None = None) -> int:
+    """Joins or starts the recipe's cluster; gives how many trials, of at most so many, run in it at once.
+
+    Raises:
+        ConfigError: not even one.
+    """
     places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    fits = concurrency(recipe.launch, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    count = min(fits, most or fits)
+    say_if_busy(recipe.launch, count)
+    return count
 
 
 def concurrency(launch: LaunchConfig, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -52,9 +59,9 @@ def concurrency(launch: LaunchConfig, nodes: Sequence[Mapping[str, float]]) -> i
     Raises:
         ConfigError: not even one.
     """
-    at_once = sum(workers_on(node, launch) for node in nodes) // launch.workers
-    if at_once:
-        return at_once
+    fits = sum(workers_on(node, launch) for node in nodes) // launch.workers
+    if fits:
+        return fits
     for kind, each in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
         has = sum(node.get(kind, 0.0) for node in nodes)
         if launch.workers * each > has:
@@ -79,11 +86,11 @@ def workers_on(node: Mapping[str, float], launch: LaunchConfig) -> int:
     return min(fits, gpus * int((1 + 1e-6) / each) if each < 1 else int(gpus / each))
 
 
-def say_if_busy(launch: LaunchConfig, at_once: int) -> None:
+def say_if_busy(launch: LaunchConfig, trials: int) -> None:
     """That trials will wait for others, where others hold what they need."""
     free = ray.available_resources()
     for kind, each in (("CPU", launch.cpus_per_worker), ("GPU", launch.gpus_per_worker)):
-        if free.get(kind, 0.0) + 1e-6 < at_once * launch.workers * each:
+        if free.get(kind, 0.0) + 1e-6 < trials * launch.workers * each:
             has = ray.cluster_resources().get(kind, 0.0)
             print(
                 f"{free.get(kind, 0.0):g} of the cluster's {has:g} {kind}s are free: what does not fit waits its turn"

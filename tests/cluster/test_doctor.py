@@ -100,7 +100,7 @@ def test_all_that_is_being_asked_is_ended_at_once() -> None:
     def call(method: str, *_: Any, timeout: float) -> Any:
         if method == "ask":
             told.wait(60)
-            return []
+            return {"found": []}
         told.set()
         return None
 

@@ -54,9 +54,8 @@ def test_none_is_left_by_a_driver_that_finds_something_wrong(none_before: None, 
 
 
 RANK = """
-import os, sys, threading, time
+import os, sys, time
 from mmsa_dist import forerunners
-time.sleep(float(os.environ.get("IMPORTS", "0")))
 place = forerunners.told()
 print(f"rank {place.rank} of {place.world}, {os.environ['RANK']}, child of {os.getppid()}", flush=True)
 time.sleep(600 if place.rank == 2 else 0)

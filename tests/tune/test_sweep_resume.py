@@ -4,25 +4,19 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from mmsa_dist import run_folder
-from tests.tune.sweeps import clean, in_mlflow
-from tune.outcome import DONE, INTERRUPTED, Outcome, read_outcomes
+from tests.tune.sweeps import Sweep, in_mlflow
+from tune.outcome import DONE, INTERRUPTED, Outcome
 
 pytestmark = [pytest.mark.timeout(1900), pytest.mark.ray, pytest.mark.slow]
-
-PATIENCE = 900.0
 
 SPACE = """
 system: ufen_mtfn
@@ -32,62 +26,6 @@ network:
 """
 
 EPOCHS = 10
-
-
-@dataclass
-class Sweep:
-    """`mmsa-dist sweep` in a process of its own."""
-
-    process: "subprocess.Popen[bytes]"
-    log: Path
-    runs: Path
-
-    @classmethod
-    def start(cls, runs: Path, *words: str) -> "Sweep":
-        log = runs.parent / f"sweep-{time.monotonic_ns()}.log"
-        with log.open("wb") as file:
-            command = [sys.executable, "-m", "mmsa_dist", "sweep", *words, "--runs-dir", str(runs)]
-            process = subprocess.Popen(
-                command, cwd=runs.parent, env=clean(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-            )
-        return cls(process, log, runs)
-
-    @property
-    def folder(self) -> Path:
-        return next(self.runs.glob("sweep-*"))
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def outcomes(self) -> list[Outcome]:
-        return read_outcomes(self.folder / "trials", "mae") if list(self.runs.glob("sweep-*")) else []
-
-    def until(self, seen: Callable[[list[Outcome]], Any], what: str) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                pytest.fail(f"it ended before {what}:\n{self.output}")
-            if found := seen(self.outcomes()):
-                return found
-            time.sleep(0.05)
-        pytest.fail(f"not {what} within {PATIENCE} s:\n{self.output}")
-
-    def finished(self) -> dict[str, Any]:
-        assert self.process.wait(timeout=PATIENCE) == 0, self.output
-        return dict(run_folder.read_json(self.folder / "result.json"))
-
-    def below(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
 
 
 def under_way(outcomes: list[Outcome], epochs: int) -> list[Outcome]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmsa_dist import places, run_folder, session, tracking
 from mmsa_dist.errors import TrainingError
-from mmsa_dist.recipe import Recipe
 from mmsa_dist.report import data_name
 from shards.progress import console
 from shards.suggest import counted
@@ -90,8 +89,10 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     Raises:
         KeyboardInterrupt: somebody stopped it.
     """
-    at_once = _connected(planned.launch, min(most or len(left), len(left)))
-    print(f"{counted(len(left), 'run')} left, {at_once} at a time", flush=True)
+    from tune.search import at_once
+
+    count = at_once(planned.launch, min(most or len(left), len(left)))
+    print(f"{counted(len(left), 'run')} left, {count} at a time", flush=True)
     from tune.papers.recorded import as_child, open_reproduction
     from tune.papers.spread import spread
     from tune.record import store_of
@@ -101,7 +102,7 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     parent = open_reproduction(folder, recipe, planned.index)
     left = [as_child(run, parent, uri) for run in left]
     try:
-        spread(left, planned.index, folder, at_once)
+        spread(left, planned.index, folder, count)
     finally:
         stopped = [run for run in left if state(run) in (HALF, MISSING) and why_failed(run) is None]
         for run in left:
@@ -112,15 +113,6 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     if stopped:  # Ray Tune ends on Ctrl-C as if it were done
         print(f"{counted(len(stopped), 'run')} not done; the same command goes on from here")
         raise KeyboardInterrupt
-
-
-def _connected(recipe: Recipe, most: int) -> int:
-    """Joins or starts the cluster; gives how many runs, of at most so many, run in it at once."""
-    from tune.search import concurrency, joined, say_if_busy
-
-    at_once = min(concurrency(recipe.launch, joined(recipe)), most)
-    say_if_busy(recipe.launch, at_once)
-    return at_once
 
 
 def _close(run: Run) -> None:

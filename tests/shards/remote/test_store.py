@@ -3,7 +3,7 @@
 import hashlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -133,24 +133,20 @@ def test_an_s3_endpoint_with_a_fault(server: Web, fault: str, monkeypatch: pytes
         download("s3://bucket/o.tar", len(DATA), checksum, lambda: None, lambda piece: None)
 
 
-def test_a_server_that_drips_is_a_silent_one(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "get",
+    [lambda url: download(url, 1000, "0" * 64, lambda: None, lambda piece: None), lambda url: read(url, 1 << 29)],
+    ids=["a shard", "an index, whatever the size that it might have"],
+)
+def test_a_server_that_drips_is_a_silent_one(
+    get: Callable[[str], object], server: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "0.1")
     (server.folder / "o.tar").write_bytes(b"x" * 1000)
     server.script["o.tar"] = [servers.drips]
     began = time.monotonic()
     with pytest.raises(TransientError, match="the server is silent; 5 tries"):
-        download(f"{server.url}/o.tar", 1000, "0" * 64, lambda: None, lambda piece: None)
-    assert time.monotonic() - began < 15
-
-
-def test_an_index_that_drips_is_silent_too(server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size that it might have."""
-    monkeypatch.setenv("MMSA_REMOTE_TIMEOUT", "0.1")
-    (server.folder / "o.tar").write_bytes(b"x" * 1000)
-    server.script["o.tar"] = [servers.drips]
-    began = time.monotonic()
-    with pytest.raises(TransientError, match="the server is silent; 5 tries"):
-        read(f"{server.url}/o.tar", 1 << 29)
+        get(f"{server.url}/o.tar")
     assert time.monotonic() - began < 15
 
 
