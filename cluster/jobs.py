@@ -236,7 +236,7 @@ def result(argv: list[str]) -> int:
     """
     options = parsed(Result, argv, "mmsa-dist jobs result")
     with connected(options.address) as (_, client):
-        command, folder = ["train"], None
+        command, folder = list[str](), None
         if options.runs_dir is None:
             job = find(client, options.id)
             command = results.command_of(job.entrypoint)
@@ -249,11 +249,14 @@ def result(argv: list[str]) -> int:
                 f"job {options.id} names no run folder in its log, and none was found by its id; name the folder of "
                 "its runs with --runs-dir"
             )
-        path = folder / results.FILES[command[0]]
-        if (text := results.read(client, path)) is None:
+        names = [results.FILES[command[0]]] if command else dict.fromkeys(results.FILES.values())
+        files = {folder / name: results.read(client, folder / name) for name in names}
+        path, text = next(((path, text) for path, text in files.items() if text is not None), (None, None))
+        if path is None or text is None:
             raise ConfigError(
-                f"{path} is not there: the run did not end, or its folder was on a disk that the cluster's head does "
-                f"not see or has removed (a relative --runs-dir); `mmsa-dist jobs logs {options.id}` shows its table"
+                f"{' or '.join(map(str, files))} is not there: the run did not end, or its folder was on a disk that "
+                "the cluster's head does not see or has removed (a relative --runs-dir); "
+                f"`mmsa-dist jobs logs {options.id}` shows its table"
             )
         if path.suffix != ".json" or options.json:
             print(text.rstrip())

@@ -12,8 +12,8 @@ from mmsa_dist.recipe import Recipe
 from mmsa_dist.session import data_spec
 from mmsa_dist.systems import get_system, make_system
 from mmsa_dist.systems.base import classifying
+from shards.ahead import fetch_tables
 from shards.mix import AnyIndex
-from shards.remote.ahead import fetch_tables
 from shards.suggest import has
 
 

@@ -21,12 +21,12 @@ from mmsa_dist.layers.text import encoder_width, text_ids
 from mmsa_dist.recipe import Recipe
 from mmsa_dist.systems import DataSpec, System
 from mmsa_dist.tracking import Link
+from shards.ahead import fetch_tables
 from shards.batch import BatchSpec
 from shards.costs import CostRule
 from shards.loader import Loader
 from shards.mix import AnyIndex, AnyReader, Mix, open_data, open_reader
 from shards.plan import Plan, training_plan
-from shards.remote.ahead import fetch_tables
 from shards.suggest import counted
 from shards.utterance import MODALITIES
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards import arrangement, leaks
+from shards.ahead import fetch_tables
 from shards.index import Index
 from shards.leaks import Show
-from shards.remote.ahead import fetch_tables
 from shards.suggest import counted, has, was
 from shards.utterance import SPLITS
 

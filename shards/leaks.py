@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.ahead import InOrder, looking_ahead
 from shards.index import Index
 from shards.read import ShardReader
-from shards.remote.ahead import InOrder, looking_ahead
 
 EXAMPLES = 10
 """Of each kind, at most; the longest transcripts first."""
@@ -108,7 +108,7 @@ def transcripts(index: Index, show: Show = lambda numbers, total, what: numbers)
     digests, words = np.zeros(total, np.uint64), np.zeros(total, np.uint16)
     with (
         ShardReader(index, verify=False, open_shards=1) as reader,
-        looking_ahead(index, InOrder(0, total), 0, depth=4) as reach,
+        looking_ahead(index, InOrder(0, total), 0, depth=4, verify=False) as reach,
     ):
         for number in show(range(total), total, "comparing transcripts"):
             reach(number + 1)

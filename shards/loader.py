@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from shards.ahead import InOrder, Order, looking_ahead
 from shards.batch import Batch, BatchSpec, TextIds, collate
 from shards.closing import Closing
 from shards.mix import AnyReader
 from shards.plan import EvaluationPlan, Piece, Plan, share
-from shards.remote.ahead import InOrder, Order, looking_ahead
 from shards.utterance import Utterance
 
 _Item = TypeVar("_Item")
@@ -110,7 +110,7 @@ class Loader(Closing):
 
     def _looking_ahead(self, order: Order, begin: int) -> AbstractContextManager[Callable[[int], None]]:
         index = self._reader.index
-        return looking_ahead(index, order, begin, depth=max(1, self._reader.open_shards // 2))
+        return looking_ahead(index, order, begin, max(1, self._reader.open_shards // 2), self._reader.verify)
 
     def _made(
         self, pool: ThreadPoolExecutor | None, make: Callable[[_Item], Batch], items: Iterable[_Item]

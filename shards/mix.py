@@ -303,6 +303,7 @@ class MixReader(Closing):
 
     def __init__(self, index: Mix, verify: bool = True, open_shards: int = 16) -> None:
         self.index = index
+        self.verify = verify
         self.open_shards = open_shards
         self._readers = [ShardReader(part, verify, open_shards) for part in index.parts]
 

@@ -50,7 +50,7 @@ class ShardReader(Closing):
     def __init__(self, index: Index, verify: bool = True, open_shards: int = 16) -> None:
         assert open_shards > 0, open_shards
         self.index = index
-        self._verify = verify
+        self.verify = verify
         self.open_shards = open_shards
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = Lock()
@@ -94,10 +94,10 @@ class ShardReader(Closing):
             return found
 
     def _opened(self, shard_no: int) -> "_Shard":
-        table = self.index.table(shard_no, self._verify)
+        table = self.index.table(shard_no, self.verify)
         tar = self.index.expected_tar(shard_no)
         kind = _ForeignShard if self.index.foreign else _Shard
-        return tar.use(lambda _: kind(self.index, shard_no, table), self._verify)
+        return tar.use(lambda _: kind(self.index, shard_no, table), self.verify)
 
 
 class _Shard:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import train
 from mmsa_dist.errors import ConfigError, TrainingError
@@ -19,14 +19,17 @@ from tune.asked import Asked
 from tune.outcome import FAILED, INTERRUPTED, Outcome, read_outcomes, winner
 from tune.space import Space
 
+if TYPE_CHECKING:
+    from tune.room import Room
+
 
 def carry_out(
-    space: Space, recipe: Recipe, folder: Path, asked: Asked, at_once: int, export: Path | None
+    space: Space, recipe: Recipe, folder: Path, asked: Asked, room: "Room", export: Path | None
 ) -> dict[str, Any]:
     """Runs the trials that are left, trains the best to its end, registers it; gives the sweep's ``result.json``.
 
     Args:
-        at_once: trials that there is room for. export: where a copy of ``best.yaml`` goes.
+        room: for trials. export: where a copy of ``best.yaml`` goes.
     """
     from tune.finish import DivergedError, chosen, finish
     from tune.record import record_rest
@@ -34,7 +37,7 @@ def carry_out(
     monitor, shared = recipe.train.monitor, for_trials(recipe, folder)
     print(f"sweep {folder}", flush=True)
     if chosen(folder) is None:
-        _searched(space, recipe, shared, folder, asked, at_once)
+        _searched(space, recipe, shared, folder, asked, room)
     record_rest(read_outcomes(folder / "trials", monitor), monitor)
     while True:
         if export is not None:
@@ -43,7 +46,7 @@ def carry_out(
             except OSError as error:
                 print(f"warning: --export {export}: {error.strerror}", file=sys.stderr)
         try:
-            result = finish(recipe, shared, folder, asked.seeds, at_once)
+            result = finish(recipe, shared, folder, asked.seeds, room)
             break
         except DivergedError as error:
             print(f"{error}; the next best is chosen", file=sys.stderr, flush=True)
@@ -70,7 +73,7 @@ def _choose(outcomes: Sequence[Outcome], recipe: Recipe, folder: Path) -> None:
     choose(best, recipe, folder, len(outcomes))
 
 
-def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked: Asked, at_once: int) -> None:
+def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked: Asked, room: "Room") -> None:
     """Runs the trials that are left, shows all of them, and chooses the best.
 
     Raises:
@@ -81,15 +84,15 @@ def _searched(space: Space, recipe: Recipe, shared: Recipe, folder: Path, asked:
 
     monitor, epochs = recipe.train.monitor, recipe.train.epochs
     before = read_outcomes(folder / "trials", monitor)
-    print(_plan(space, asked, epochs, at_once, before), flush=True)
+    print(_plan(space, asked, epochs, room.count(), before), flush=True)
     if asked.stopping == "pbt":
         from tune.population import breed
 
-        breed(space, shared, folder, asked, at_once=at_once)
+        breed(space, shared, folder, asked, room=room)
     else:
         from tune.search import search
 
-        search(space, shared, folder, asked, at_once=at_once, before=before)
+        search(space, shared, folder, asked, room=room, before=before)
     outcomes = read_outcomes(folder / "trials", monitor)
     spare_disk(folder / "trials", monitor)
     best = winner(outcomes, monitor)
@@ -152,14 +155,14 @@ def ended(recipe: Recipe, folder: Path) -> Iterator[None]:
         raise
 
 
-def connected(recipe: Recipe, asked: Asked) -> int:
-    """Joins or starts the cluster; gives how many trials run in it at once."""
-    from tune.search import at_once
+def connected(recipe: Recipe, asked: Asked) -> "Room":
+    """Joins or starts the cluster, which has room for a trial."""
+    from tune.room import joined
 
-    count = at_once(recipe, asked.max_concurrent)
-    if asked.max_concurrent is not None and count < asked.max_concurrent:
-        print(f"--max-concurrent {asked.max_concurrent} is lowered to {count}: the cluster has room for no more")
-    return count
+    room = joined(recipe, asked.max_concurrent)
+    if asked.max_concurrent is not None and (count := room.count()) < asked.max_concurrent:
+        print(f"--max-concurrent {asked.max_concurrent}: the cluster has room for {count} until nodes join")
+    return room
 
 
 def for_trials(recipe: Recipe, folder: Path) -> Recipe:

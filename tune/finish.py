@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.table import Table
@@ -18,6 +18,9 @@ from mmsa_dist.tracking import Link
 from shards.progress import console
 from tune.outcome import ERROR, RESULT, TRIAL, Outcome
 from tune.space import with_rates
+
+if TYPE_CHECKING:
+    from tune.room import Room
 
 CHOSEN = "winner.json"
 """Written once the search is over: from then on the winner is no trial like the others."""
@@ -77,7 +80,7 @@ class DivergedError(TrainingError):
     """The winner failed when it was trained to its end; another trial may win."""
 
 
-def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: int) -> dict[str, Any]:
+def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, room: "Room") -> dict[str, Any]:
     """Trains the winner to its end, and its recipe with `seeds` - 1 other seeds; registers the best of them on
     validation. A second call takes up what is there.
 
@@ -98,7 +101,7 @@ def finish(recipe: Recipe, shared: Recipe, folder: Path, seeds: int, at_once: in
     runs = [winner, *_others(best, folder, seeds, trial["number"])]
     print(f"trial {trial['number']} is the best on validation; {_reads(recipe, len(runs))}", flush=True)
     _to_its_end(best, winner)
-    _all_to_their_ends(runs[1:], best, folder, at_once)
+    _all_to_their_ends(runs[1:], best, folder, room)
     results = [run_folder.read_json(run / RESULT) for run in runs]
     monitor, registered = recipe.train.monitor, 0
     for i, result in enumerate(results):
@@ -173,7 +176,7 @@ def _others(recipe: Recipe, folder: Path, seeds: int, winner: int) -> list[Path]
     return runs
 
 
-def _all_to_their_ends(runs: Sequence[Path], recipe: Recipe, folder: Path, at_once: int) -> None:
+def _all_to_their_ends(runs: Sequence[Path], recipe: Recipe, folder: Path, room: "Room") -> None:
     """
     Raises:
         DataError: one of them failed; says why.
@@ -186,7 +189,7 @@ def _all_to_their_ends(runs: Sequence[Path], recipe: Recipe, folder: Path, at_on
         for run in left:
             (run / ERROR).unlink(missing_ok=True)
         watch = Watch(folder / SEEDS, recipe.train.monitor, recipe.train.epochs, len(runs), spare=False)
-        run_prepared(left, watch, recipe, folder, at_once)
+        run_prepared(left, watch, recipe, folder, room)
     for run in left:
         if not (run / RESULT).is_file():
             if not (run / ERROR).is_file():

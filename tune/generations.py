@@ -15,6 +15,7 @@ from tune import reserved
 from tune.asked import Asked
 from tune.draw import Drawing, is_open
 from tune.outcome import Outcome, read_outcome, read_outcomes
+from tune.room import Room
 from tune.search import Prepared, quiet, run
 from tune.space import Space
 from tune.watch import Watch
@@ -88,7 +89,7 @@ def train(
     until: int | None,
     watch: Generations,
     *,
-    at_once: int,
+    room: Room,
 ) -> bool:
     """Trains all trials until they pause after epoch `until`, or end; draws those that there are not yet.
 
@@ -106,6 +107,6 @@ def train(
         folders = [each.folder for each in before if is_open(each, until)]
         searcher, left, whole = Prepared(folders, until), len(folders), len(before)
     if left:
-        run(searcher, FIFOScheduler(), watch, recipe, folder, count=left, at_once=at_once)
+        run(searcher, FIFOScheduler(), watch, recipe, folder, count=left, room=room)
     after = read_outcomes(folder / "trials", recipe.train.monitor)
     return len(after) >= whole and not any(is_open(each, until) for each in after)

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import checkpoint, run_folder, stopping
 from mmsa_dist.errors import ConfigError, DataError
@@ -23,6 +23,9 @@ from mmsa_dist.recipe import Recipe
 from tune.asked import Asked
 from tune.outcome import FAILED, INTERRUPTED, TRIAL, Outcome, epochs_of, read_outcomes
 from tune.space import RATES, Knob, Space, Value, with_rates
+
+if TYPE_CHECKING:
+    from tune.room import Room
 
 FILE = "population.json"
 """What was decided after each generation."""
@@ -82,7 +85,7 @@ def generations(epochs: int, every: int) -> list[int]:
     return list(range(every, epochs - every + 1, every))
 
 
-def breed(space: Space, recipe: Recipe, folder: Path, asked: Asked, *, at_once: int) -> None:
+def breed(space: Space, recipe: Recipe, folder: Path, asked: Asked, *, room: "Room") -> None:
     """Trains the population to its end; goes on where an earlier process was. What became of the trials is read from
     their folders; where one is still open, somebody stopped it.
 
@@ -97,7 +100,7 @@ def breed(space: Space, recipe: Recipe, folder: Path, asked: Asked, *, at_once: 
     decided = load(folder)
     for until in pauses:
         if until not in decided:
-            if not train(space, recipe, folder, asked, until, watch, at_once=at_once):
+            if not train(space, recipe, folder, asked, until, watch, room=room):
                 return
             outcomes = read_outcomes(trials, monitor)
             gone = {heir.replaces for heirs in decided.values() for heir in heirs}
@@ -106,7 +109,7 @@ def breed(space: Space, recipe: Recipe, folder: Path, asked: Asked, *, at_once: 
             _save(folder, decided, members, monitor)
         for heir in decided[until]:
             take_place(heir, until, recipe, trials)
-    train(space, recipe, folder, asked, None, watch, at_once=at_once)
+    train(space, recipe, folder, asked, None, watch, room=room)
 
 
 def heirs_of(members: Sequence[Outcome], drawn: int, until: int, space: Space, recipe: Recipe) -> list[Heir]:

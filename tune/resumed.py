@@ -52,7 +52,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
     space = space.fixed(asked.fixed, recipe).without(set(space.keys) - set(asked.keys))
     _same_store(folder, recipe)
     with run_folder.locked(folder):
-        at_once = connected(recipe, asked)
+        room = connected(recipe, asked)
         _remove_unbegun(folder / "trials")
         if asked.trials > before.trials and (note := reopened(folder)):
             print(f"note: {note}", flush=True)
@@ -60,7 +60,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
         if recipe.tracking.enabled:
             train.taken_up(folder, recipe)
         with ended(recipe, folder):
-            return carry_out(space, recipe, folder, asked, at_once, export)
+            return carry_out(space, recipe, folder, asked, room, export)
 
 
 def _address(overrides: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -129,14 +129,14 @@ def begin(space: Space, recipe: Recipe, asked: Asked, options: argparse.Namespac
     export = exportable(options.export)
     runs_dir = Path(options.runs_dir)
     recipe = _stored_in(recipe, runs_dir)
-    at_once = connected(recipe, asked)  # what cannot run leaves nothing behind
+    room = connected(recipe, asked)  # what cannot run leaves nothing behind
     folder = train.prepare(recipe, index, runs_dir, name)
     for part in ("events", "checkpoints", "predictions"):
         (folder / part).rmdir()  # a sweep trains nothing itself
     run_folder.write_text(folder / "space.yaml", Path(space.where).read_text(encoding="utf-8"))
     asked.write(folder)
     with run_folder.locked(folder), ended(recipe, folder):
-        return carry_out(space, recipe, folder, asked, at_once, export)
+        return carry_out(space, recipe, folder, asked, room, export)
 
 
 def _narrowed(space: Space, recipe: Recipe, overrides: list[str]) -> Space:

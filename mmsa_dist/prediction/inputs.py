@@ -114,9 +114,9 @@ def _compare_labels(predictor: Predictor, data: Input) -> None:
 
 
 def _packed(place: Path | str, quarantine: bool) -> Input:
+    from shards.ahead import InOrder, looking_ahead
     from shards.index import Index
     from shards.read import ShardReader
-    from shards.remote.ahead import InOrder, looking_ahead
 
     index, left_out = Index.load(place), tuple[str, ...]()
     if quarantine:

@@ -18,10 +18,10 @@ from mmsa_dist.prediction.job import Job, Part, batches
 from mmsa_dist.prediction.kept import encoded
 from mmsa_dist.prediction.rows import predicted
 from mmsa_dist.predictor import Predictor
+from shards.ahead import InOrder, looking_ahead
 from shards.index import Index
 from shards.quarantine import without
 from shards.read import ShardReader
-from shards.remote.ahead import InOrder, looking_ahead
 from shards.remote.url import is_url
 
 PART, CONTENT, ERROR = "part", "content", "error"

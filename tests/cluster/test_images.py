@@ -56,6 +56,10 @@ def test_nothing_runs_as_root_and_bases_are_pinned(path: Path) -> None:
 def test_versions_are_those_that_were_tested(path: Path) -> None:
     installs = [part for _, rest in instructions(path) for part in rest.split("&&") if "pip install" in part]
     assert installs and all("-c constraints.txt" in part and "--no-cache-dir" in part for part in installs)
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    words = [word for part in installs for word in part.split("constraints.txt")[1].split()]
+    named = [word for word in words if re.fullmatch(r"[a-z0-9-]+", word)]
+    assert "boto3" in named and "google-api-python-client" in named and set(named) <= pinned
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -140,6 +140,12 @@ def test_the_result_of_a_job_that_the_cluster_has_forgotten_is_found_in_its_runs
     code, out, error = head.jobs("result", "trained-long-ago", "--runs-dir", str(trained))
     assert code == 0, error
     assert out == f"mult on its data\nmetric   valid\nmae     0.5000\nrun {kept}\n"
+    (kept / "result.json").unlink()
+    (kept / "table.md").write_text("| ours | paper |\n")  # of a reproduction
+    assert head.jobs("result", "trained-long-ago", "--runs-dir", str(trained))[:2] == (0, "| ours | paper |\n")
+    (kept / "table.md").unlink()
+    code, _, error = head.jobs("result", "trained-long-ago", "--runs-dir", str(trained))
+    assert code == 2 and f"{kept}/result.json or {kept}/table.md is not there" in error
     (kept / "environment.json").unlink()
     code, _, error = head.jobs("result", "trained-long-ago", "--runs-dir", str(trained))
     assert code == 2 and f"no run in {trained} was begun by job trained-long-ago" in error

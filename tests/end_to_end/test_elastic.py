@@ -2,88 +2,26 @@
 
 import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import load_recipe
 from mmsa_dist.run_folder import read_events
-from tests.end_to_end.started import PATIENCE, Run
-
-
-class Cluster:
-    """Ray nodes of one machine, each a process that can be killed."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it holds sockets
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.join("--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false", "--num-cpus=1")
-
-    def join(self, *words: str) -> subprocess.Popen[bytes]:
-        """A node of one CPU; the first is the head."""
-        words = words or (f"--address={self.address}", "--num-cpus=1")
-        command = [str(Path(sys.executable).with_name("ray")), "start", *words, "--node-ip-address=127.0.0.1"]
-        command += ["--object-store-memory=80000000", f"--temp-dir={self.folder}", "--block", "--disable-usage-stats"]
-        with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
-            node = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-        self.nodes.append(node)
-        return node
-
-    def wait(self, cpus: int) -> None:
-        """Until the cluster has so many CPUs."""
-        look = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); "
-        look += "print('cpus', int(ray.cluster_resources().get('CPU', 0)))"
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            for number, node in enumerate(self.nodes):
-                if node.poll() is not None and node.returncode != -signal.SIGKILL:
-                    pytest.fail(f"node {number} ended:\n{(self.folder / f'node-{number}.log').read_text()[-3000:]}")
-            seen = subprocess.run([sys.executable, "-c", look, self.address], capture_output=True, text=True)
-            if f"cpus {cpus}" in seen.stdout:
-                return
-            time.sleep(1)
-        pytest.fail(f"no cluster of {cpus} CPUs: {seen.stdout}{seen.stderr}")
-
-    def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """kill -9 of all of a node's processes."""
-        if node.poll() is None:
-            started = psutil.Process(node.pid)
-            for process in [*started.children(recursive=True), started]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            node.wait()
-
-    def kill_raylet(self, node: subprocess.Popen[bytes]) -> None:
-        """kill -9 of a node's raylet alone."""
-        (raylet,) = (p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet")
-        raylet.kill()
-
-    def close(self) -> None:
-        for node in reversed(self.nodes):
-            self.kill(node)
-        shutil.rmtree(self.folder, ignore_errors=True)
+from tests.end_to_end.started import Run
+from tests.ray_nodes import Cluster
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # of all its nodes, and of who joins it
-    made = Cluster()
-    yield made
-    made.close()
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "3000")  # five of them, and a silent node is dead
+    with Cluster() as made:
+        yield made
 
 
 @pytest.mark.fault
@@ -136,13 +74,40 @@ def test_a_killed_raylet_is_invisible(
     run = Run(tmp_path / "raylet", *words, "--workers", "2", "--address", cluster.address)
     try:
         run.until_epoch(2)
-        cluster.kill_raylet(second)
+        cluster.signal_raylet(second, signal.SIGKILL)
         cluster.join()
         assert run.result() == undisturbed
     finally:
         run.kill()
     assert ranks(run) == [2, 2]
     assert "starting again" in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.ray
+def test_a_raylet_that_stands_still_is_a_node_that_is_gone(words: list[str], cluster: Cluster, tmp_path: Path) -> None:
+    """Ray takes its node for dead after some seconds; the rank there, which lives on, changes nothing any more."""
+    alone = Run(tmp_path / "alone", *words, "--workers", "2", "--launcher", "local")
+    alone.result()
+    second = cluster.join()
+    cluster.wait(2)
+    run = Run(tmp_path / "raylet", *words, "--epochs", "9999", "--workers", "2", "--address", cluster.address)
+    try:
+        run.until_epoch(1)
+        cluster.signal_raylet(second, signal.SIGSTOP)
+        cluster.join()
+        run.until(lambda event: begun_by(run, [2, 2], event), "no beginning on another node")
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130, run.output
+    finally:
+        run.kill()
+    assert "starting again" in run.output and "Traceback" not in run.output
+    losses = {event["epoch"]: event["train_loss"] for event in read_events(run.folder) if event["event"] == "epoch"}
+    assert sorted(losses) == list(range(1, len(losses) + 1)), "epochs were left out"
+    for event in read_events(alone.folder):
+        if event["event"] == "epoch":
+            assert losses[event["epoch"]] == event["train_loss"], event["epoch"]
 
 
 def begun_by(run: Run, worlds: list[int], event: dict[str, Any]) -> bool:

@@ -146,6 +146,20 @@ def test_a_rank_that_stands_still_is_found(words: list[str], undisturbed: dict[s
         assert "Thread" in stacks and "loop.py" in stacks
 
 
+@pytest.mark.slow
+def test_a_driver_that_stands_still_changes_nothing(
+    words: list[str], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGSTOP for longer than a step may take: its ranks need it for nothing, and are not taken for silent."""
+    with started(tmp_path, *words, *TWO, "--launch.step-timeout", "4", "--launch.max-failures", "0") as run:
+        run.until_epoch(1)
+        os.kill(run.process.pid, signal.SIGSTOP)
+        time.sleep(8)
+        os.kill(run.process.pid, signal.SIGCONT)
+        assert run.result() == undisturbed
+        assert spent(run)["restarts"] == 0
+
+
 def test_time_is_a_reason_to_save(words: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks, whose clocks differ, agree on when: saved within epochs, and nothing else changes."""
     with started(tmp_path, *words, *TWO, "--checkpoint.every-seconds", "0.05") as run:

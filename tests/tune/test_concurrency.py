@@ -6,7 +6,7 @@ import pytest
 
 from mmsa_dist.config import LaunchConfig
 from mmsa_dist.errors import ConfigError
-from tune.search import concurrency
+from tune.room import concurrency
 
 
 def nodes(*each: tuple[float, float]) -> list[dict[str, float]]:

@@ -89,10 +89,10 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     Raises:
         KeyboardInterrupt: somebody stopped it.
     """
-    from tune.search import at_once
+    from tune.room import joined
 
-    count = at_once(planned.launch, min(most or len(left), len(left)))
-    print(f"{counted(len(left), 'run')} left, {count} at a time", flush=True)
+    room = joined(planned.launch, min(most or len(left), len(left)))
+    print(f"{counted(len(left), 'run')} left, {room.count()} at a time", flush=True)
     from tune.papers.recorded import as_child, open_reproduction
     from tune.papers.spread import spread
     from tune.record import store_of
@@ -102,7 +102,7 @@ def _train(planned: Planned, left: Sequence[Run], folder: Path, most: int | None
     parent = open_reproduction(folder, recipe, planned.index)
     left = [as_child(run, parent, uri) for run in left]
     try:
-        spread(left, planned.index, folder, count)
+        spread(left, planned.index, folder, room)
     finally:
         stopped = [run for run in left if state(run) in (HALF, MISSING) and why_failed(run) is None]
         for run in left:

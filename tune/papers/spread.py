@@ -21,17 +21,18 @@ from tune.outcome import ERROR, RESULT, TRIAL
 from tune.papers.measured import sentence
 from tune.papers.runs import ENDED, Run, prepare, why_failed
 from tune.reserved import Reserved
+from tune.room import Room
 from tune.search import run
 from tune.trial import EPOCH
 
 
-def spread(runs: Sequence[Run], index: AnyIndex, folder: Path, at_once: int) -> None:
+def spread(runs: Sequence[Run], index: AnyIndex, folder: Path, room: Room) -> None:
     """Trains `runs`; what became of each is in its own folder. Ctrl-C ends it as if it were done.
 
     Args:
         folder: of the reproduction, for what Ray Tune writes meanwhile.
     """
-    run(Listed(runs, index), FIFOScheduler(), Told(runs), runs[0].recipe, folder, count=len(runs), at_once=at_once)
+    run(Listed(runs, index), FIFOScheduler(), Told(runs), runs[0].recipe, folder, count=len(runs), room=room)
 
 
 class Listed(Searcher):

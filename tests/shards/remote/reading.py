@@ -2,10 +2,10 @@
 
 import sys
 
+from shards.ahead import looking_ahead
 from shards.index import Index
 from shards.plan import training_plan
 from shards.read import ShardReader
-from shards.remote.ahead import looking_ahead
 
 
 def read_epoch(address: str, seed: int) -> None:

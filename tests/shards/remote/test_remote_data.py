@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mmsa_dist.__main__ import main
+from shards.ahead import THREADS, Ahead, InOrder, looking_ahead
 from shards.batch import BatchSpec
 from shards.errors import ConfigError, DataError, MmsaError, TransientError
 from shards.index import Index
@@ -22,7 +23,6 @@ from shards.loader import Loader
 from shards.mix import Mix
 from shards.plan import training_plan
 from shards.read import ShardReader
-from shards.remote.ahead import THREADS, Ahead, InOrder, looking_ahead
 from shards.remote.cache import Cache
 from shards.remote.file import RemoteFile
 from shards.verify import check_shard

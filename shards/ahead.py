@@ -1,5 +1,10 @@
-"""Fetches remote shards before the samples in them are due, a few at a time, while training goes on."""
+"""Brings shards near before the samples in them are due, a few at a time, while training goes on.
 
+Remote ones are fetched; those of a file system are verified, where this node has not done so. What was verified is read
+no further: of a large shard a rank may need little, and the node's memory may not hold all.
+"""
+
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +25,9 @@ from shards.remote.file import RemoteFile
 from shards.trust import Expected
 
 THREADS = 4
+"""That fetch."""
+OWN_THREADS = 2
+"""That verify: a core each, while they do."""
 _CHUNK = 512
 """Samples looked at in one go."""
 
@@ -44,15 +52,15 @@ class Order(Protocol):
 
 
 class Ahead(Closing):
-    """Fetches the shards of an epoch in the order in which they are needed, so many before they are.
+    """Brings the shards of an epoch near in the order in which they are needed, so many before they are.
 
-    What cannot be fetched is left to the reader that needs it, which tries again and says what is wrong.
+    What goes wrong is left to the reader that needs the shard, which tries again and says what it is.
 
     Args:
         index: of the data set.
         order: of its samples; read through a copy, so that looking ahead does not disturb what it remembers.
         begin: the position in it at which reading begins.
-        depth: shards that are fetched before the first of their samples is due; fewer where they would fill half of
+        depth: shards that are brought before the first of their samples is due; fewer where they would fill half of
             the cache.
     """
 
@@ -60,11 +68,12 @@ class Ahead(Closing):
         self._index = index
         self._coming = self._first_samples(copy(order), begin)
         self._depth = depth
-        self._half = Cache().limit // 2
+        self._threads = THREADS if index.remote else OWN_THREADS
+        self._half = Cache().limit // 2 if index.remote else math.inf
         self._firsts = np.array([index.first(n) for n in range(len(index.shards))])
         self._waiting: deque[tuple[int, int]] = deque()  # (position of its first sample, bytes) of shards not yet due
         self._queue: SimpleQueue[tuple[Expected, ...] | None] = SimpleQueue()
-        for _ in range(THREADS):
+        for _ in range(self._threads):
             Thread(target=self._work, name="mmsa-ahead", daemon=True).start()  # a half-done download may be cut off
         self.reach(begin)
 
@@ -82,11 +91,11 @@ class Ahead(Closing):
                 self._waiting.append((first, sum(file.bytes for file in files)))
 
     def close(self) -> None:
-        """Fetches no more; what is being fetched comes to its end."""
+        """Brings no more; what is on its way comes to its end."""
         with suppress(Empty):
             while True:
                 self._queue.get_nowait()
-        for _ in range(THREADS):
+        for _ in range(self._threads):
             self._queue.put(None)
 
     def _first_samples(self, order: Order, begin: int) -> Iterator[tuple[int, int]]:
@@ -103,10 +112,11 @@ class Ahead(Closing):
     def _work(self) -> None:
         while (files := self._queue.get()) is not None:
             for file in files:
-                # what another process fetches just now is left to it; what goes wrong, to the reader that needs it
-                with suppress(MmsaError, OSError):
+                with suppress(MmsaError, OSError):  # what goes wrong is left to the reader that needs it
                     if isinstance(file, RemoteFile):
-                        file.fetch(wait=False)
+                        file.fetch(wait=False)  # and what another process fetches just now, to it
+                    else:
+                        file.check()
 
 
 @dataclass(frozen=True)
@@ -125,9 +135,15 @@ class InOrder:
 
 
 @contextmanager
-def looking_ahead(index: Files, order: Order, begin: int, depth: int) -> Iterator[Callable[[int], None]]:
-    """`Ahead.reach` of a remote data set while the block lasts; of one on this machine something that does nothing."""
-    if not index.remote:
+def looking_ahead(
+    index: Files, order: Order, begin: int, depth: int, verify: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """`Ahead.reach` while the block lasts; something that does nothing where files are neither fetched nor verified.
+
+    Args:
+        verify: files of a file system.
+    """
+    if not index.remote and not verify:
         yield lambda position: None
         return
     with Ahead(index, order, begin, depth) as ahead:
