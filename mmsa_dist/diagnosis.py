@@ -87,4 +87,5 @@ PEER_DIED = (
 def _of_a_peer(entry: dict[str, Any]) -> bool:
     """Whether a rank failed only because another one was gone."""
     text = f"{entry['type']} {entry['message']}".lower()
-    return entry["type"] in ("SystemExit", "KeyboardInterrupt") or any(mark in text for mark in PEER_DIED)
+    ended = entry["type"] in ("SystemExit", "KeyboardInterrupt") or entry.get("alone", False)
+    return ended or any(mark in text for mark in PEER_DIED)

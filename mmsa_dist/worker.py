@@ -54,7 +54,7 @@ def run_rank(
     ledger = Ledger(watcher=watch.alive)
     events = run_folder.Events(folder, rank, ledger.booked)
     events.write("start", pid=os.getpid(), rank=rank, world=world)
-    readers, told = ExitStack(), Told(folder, rank)
+    readers, told = ExitStack(), Told(folder, rank, grouped=world > 1)
     try:
         with told:
             readers.enter_context(watch)
@@ -99,10 +99,15 @@ def take_cores(cpus: int) -> None:
 
 class Told:
     """Writes down how a rank failed, as a context, which may be entered within itself: the innermost writes, so that
-    nothing that ends slowly (a checkpoint on its way, a server that is away) comes before it or hides it."""
+    nothing that ends slowly (a checkpoint on its way, a server that is away) comes before it or hides it.
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank, self._done = folder, rank, False
+    Args:
+        grouped: whether the rank is in a process group with others. Ray Train takes it away from under a rank that
+            trains, when it has lost another; whatever comes of that is no fault of this one.
+    """
+
+    def __init__(self, folder: Path, rank: int, *, grouped: bool = False) -> None:
+        self._folder, self._rank, self._grouped, self._done = folder, rank, grouped, False
 
     def __enter__(self) -> Self:
         return self
@@ -118,17 +123,24 @@ class Told:
             full = TransientError(f"{place}: {error.strerror}; free space, then go on with --resume")
             record_failure(self._folder, self._rank, full)
             raise full from error
-        record_failure(self._folder, self._rank, error)
+        import torch.distributed as dist
+
+        record_failure(self._folder, self._rank, error, alone=self._grouped and not dist.is_initialized())
 
 
-def record_failure(folder: Path, rank: int, error: BaseException) -> None:
-    """``failures/<time>-rank-<r>.json``: the sentence, the exit code where it is one of ours, the traceback."""
+def record_failure(folder: Path, rank: int, error: BaseException, *, alone: bool = False) -> None:
+    """``failures/<time>-rank-<r>.json``: the sentence, the exit code where it is one of ours, the traceback.
+
+    Args:
+        alone: whether the rank's process group had been taken away.
+    """
     entry = {
         "rank": rank,
         "time": time.time(),
         "type": type(error).__name__,
         "exit_code": error.exit_code if isinstance(error, MmsaError) else None,
         "message": str(error),
+        "alone": alone,
         "traceback": traceback.format_exc(),
     }
     failures = folder / "failures"

@@ -19,7 +19,8 @@ from tests.ray_nodes import Cluster
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # of all its nodes, and of who joins it
-    monkeypatch.setenv("RAY_health_check_timeout_ms", "3000")  # five of them, and a silent node is dead
+    for name in ("period", "timeout"):  # five of each, and a silent node is dead
+        monkeypatch.setenv(f"RAY_health_check_{name}_ms", "2000")
     with Cluster() as made:
         yield made
 
@@ -92,7 +93,8 @@ def test_a_raylet_that_stands_still_is_a_node_that_is_gone(words: list[str], clu
     alone.result()
     second = cluster.join()
     cluster.wait(2)
-    run = Run(tmp_path / "raylet", *words, "--epochs", "9999", "--workers", "2", "--address", cluster.address)
+    endless = ("--epochs", "99999", "--train.patience", "99999")
+    run = Run(tmp_path / "raylet", *words, *endless, "--workers", "2", "--address", cluster.address)
     try:
         run.until_epoch(1)
         cluster.signal_raylet(second, signal.SIGSTOP)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from mmsa_dist import diagnosis, follow
-from mmsa_dist.errors import ConfigError, TrainingError
+from mmsa_dist.errors import ConfigError, TrainingError, TransientError
 from mmsa_dist.follow import Follower
 from mmsa_dist.recipe import load_recipe, origin
 from mmsa_dist.session import data_spec, inputs
+from mmsa_dist.worker import Told
 from shards.index import Index
 from tests.data import packed
 
@@ -108,3 +110,14 @@ def test_the_keys_of_a_loss_that_is_not_finite_are_told_whichever_rank_fails_fir
         (tmp_path / "failures" / f"{number}.json").write_text(json.dumps(entry))
     found = diagnosis.diagnose(tmp_path, "rank 0 ended with exit code 4")
     assert isinstance(found, TrainingError) and "keys a" in str(found)
+
+
+@pytest.mark.parametrize(("grouped", "kind"), [(True, TransientError), (False, TrainingError)])
+def test_what_comes_of_a_group_that_was_taken_away_is_no_fault(
+    grouped: bool, kind: type[Exception], tmp_path: Path
+) -> None:
+    """Ray Train takes it from the ranks that live when it has lost one: the run starts again, as for a dead peer."""
+    with suppress(AssertionError), Told(tmp_path, 1, grouped=grouped):
+        raise AssertionError("DeepSpeed backend not set")
+    found = diagnosis.diagnose(tmp_path, "rank 0 ended, Ray Train says ActorDiedError")
+    assert type(found) is kind and ("rank 0 ended" in str(found)) is grouped
