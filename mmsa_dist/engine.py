@@ -132,6 +132,8 @@ class Engine:
         self._room = parts.Room(self.device.type == "cuda")
         # checkpoints travel in it, whatever training sends meanwhile
         self._beside = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        if self._beside is not None:
+            dist.barrier(self._beside)  # one that closes before its peer has seen the connection looks dead to it
 
     def begin_epoch(self, epoch: int) -> None:
         """Takes the learning rates of `epoch` (from 1); a recipe may change them on the way (`OptimConfig.lr_from`)."""
