@@ -35,6 +35,8 @@ from tests.nodes import Network, Node, ip, lacking
 
 COMMAND = [sys.executable, "-m", "mmsa_dist"]
 PATIENCE = 900.0
+DASHBOARD = "http://127.0.0.1:8265"
+"""Of a head, on the head."""
 LINES = 5_000
 TALK = f"import time\nfor number in range({LINES}):\n    print(f'line {{number}}', flush=True)\n    time.sleep(0.004)\n"
 """A job that says a line every few milliseconds."""
@@ -175,7 +177,7 @@ def learning(folder: Path) -> int:
     from mmsa_dist.engine import count_parameters
     from mmsa_dist.recipe import read_recipe
 
-    recipe = read_recipe(folder)
+    recipe = read_recipe(folder / "recipe.yaml")
     return count_parameters(
         build(recipe.system, recipe.model, DataCard.load(folder).spec(), torch.device("cpu"), in_parts=False)
     )[1]
@@ -218,7 +220,8 @@ def talked(head: Node, followed: bool) -> dict[str, float]:
     job = f"talk-{followed}"
     ray = str(Path(sys.executable).with_name("ray"))
     before = cpu_of(head)
-    done = head.run(ray, "job", "submit", "--no-wait", "--submission-id", job, "--", sys.executable, "-c", TALK)
+    words = ["--address", DASHBOARD, "--no-wait", "--submission-id", job, "--", sys.executable, "-c", TALK]
+    done = head.run(ray, "job", "submit", *words)
     if done.returncode:
         raise SystemExit(f"error: ray job submit ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     own = 0.0
@@ -228,7 +231,9 @@ def talked(head: Node, followed: bool) -> dict[str, float]:
         if int(lines) < LINES:
             raise SystemExit(f"error: {lines} of {LINES} lines came:\n{said.stdout}{said.stderr}")
         own = sum(int(part.partition("m")[0]) * 60 + float(part.partition("m")[2][:-1]) for part in children.split())
-    while "SUCCEEDED" not in head.run(ray, "job", "status", job).stdout:
+    while "succeeded" not in (told := head.run(ray, "job", "status", "--address", DASHBOARD, job).stdout):
+        if "failed" in told or "stopped" in told:
+            raise SystemExit(f"error: the job that talks ended badly:\n{told}")
         time.sleep(1.0)
     return {"head": cpu_of(head) - before, "command": own}
 
