@@ -379,7 +379,7 @@ def _unknown_option(default: Recipe, overrides: list[str]) -> str | None:
             and plain not in valid
             and not any(v.startswith(f"{flag}.") for v in valid)
         ):
-            close = difflib.get_close_matches(flag, sorted(valid), n=3)
+            close = difflib.get_close_matches(flag, sorted(valid), n=3, cutoff=0.7)
             return (
                 f"unknown option {flag}"
                 + (f"; did you mean {' or '.join(close)}?" if close else "")

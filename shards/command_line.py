@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import tyro
@@ -43,8 +45,9 @@ def _refused(options: type[Any], text: str, prog: str) -> str:
         return f"{choice[2]} {choice[1]}: there is none such{nearest(choice[1], valid)}"
     if unknown := re.search(r"Unrecognized options: (\S+?),? ", f"{line} "):
         near = re.search(r"Perhaps you meant: (--[\w-]+)", line)
+        close = [near[1]] if near else get_close_matches(unknown[1], _flags(options), n=1)
         what = f"unknown option {unknown[1]}" if unknown[1].startswith("-") else f"one word too many: {unknown[1]}"
-        return what + (f"; did you mean {near[1]}?" if near else "") + f" ({prog} --help lists all)"
+        return what + (f"; did you mean {close[0]}?" if close else "") + f" ({prog} --help lists all)"
     if "Missing from" in line:
         listed = text.partition("For full helptext")[0]
         named = re.findall(r"^[│ ] {5}(\S+)", listed, re.MULTILINE)  # their descriptions are indented further
@@ -56,6 +59,10 @@ def _refused(options: type[Any], text: str, prog: str) -> str:
         wanted = [each for each in re.findall(r"{(.*?)}", none[2]) if each != "None"]
         return f"{none[1]} {' '.join(none[3].split(', '))}: expected {' or '.join(wanted)}"
     return readable(text).replace(f"`{options.__name__}.", "`").removeprefix("Error parsing ")
+
+
+def _flags(options: type[Any]) -> list[str]:
+    return [f"--{field.name.replace('_', '-')}" for field in fields(options)] if is_dataclass(options) else []
 
 
 def readable(text: str) -> str:

@@ -133,6 +133,10 @@ def show_runs(planned: "Planned", most: int | None) -> int:
             console.print(f"{row.name} ({row.row.system}): {', '.join(states)}", soft_wrap=True)
         elif row.why:
             console.print(f"{row.name}: not trained: {row.why}", soft_wrap=True)
+    for names in planned.same_runs:
+        console.print(f"note: {' and '.join(names)} are the same runs here", soft_wrap=True)
+    if planned.doubt:
+        console.print(f"note: {planned.doubt}", soft_wrap=True)
     print(estimate(planned, most))
     print(f"the table goes to {folder_of(planned)}")
     return 0

@@ -24,7 +24,7 @@ from shards.sources.columns import Columns, feature_names, feature_option
 from shards.sources.lengths import whole
 from shards.sources.pickles import describe
 from shards.sources.stamp import check_file
-from shards.suggest import nearest
+from shards.suggest import nearest, was
 from shards.utterance import MODALITIES
 
 DAMAGE = (OSError, ValueError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -75,6 +75,8 @@ class Arrays:
         self.widths = {m: int(values.shape[-1]) for m, (values, _, _) in self._sequences.items()}
         self.provenance: dict[str, Any] = {"features_file": path.name, "features_sha256": sha256_of(path)}
         self._used = len(self._rows)
+        taken = {name for spec in wanted.values() for name in (spec or "").split(":")}
+        self._left_out = sorted(set(self._names) - taken - {id_array})
 
     def check_all_there(self, ids: list[str], table: Path) -> None:
         """Raises DataError for an id of the table that the npz lacks."""
@@ -104,12 +106,15 @@ class Arrays:
         return found
 
     def notes(self) -> list[str]:
-        left = len(self._rows) - self._used
-        return (
-            [f"{left:,} of the {len(self._rows):,} ids of {self._path.name} are not in the table; left out"]
-            if left
-            else []
-        )
+        told, left = [], len(self._rows) - self._used
+        if left:
+            told.append(f"{left:,} of the {len(self._rows):,} ids of {self._path.name} are not in the table; left out")
+        if self._left_out:
+            told.append(
+                f"{', '.join(self._left_out)} of {self._path.name} {was(len(self._left_out))} not taken: "
+                "--text-features, --audio and --vision name what is"
+            )
+        return told
 
     def _array(self, archive: Mapping[str, np.ndarray], name: str, option: str) -> np.ndarray:
         if name not in self._names:

@@ -96,6 +96,10 @@ def test_a_wrong_format_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
             "pack generated --sampels 5 --out x",
             "unknown option --sampels; did you mean --samples? (mmsa-dist pack generated --help lists all)",
         ),
+        (
+            "pack folder label.csv f --otu x",
+            "unknown option --otu; did you mean --out? (mmsa-dist pack folder --help lists all)",
+        ),
         ("pack generated --like", "--like: a value is missing; see mmsa-dist pack generated --help"),
         (
             "pack generated --like msoi --out x",

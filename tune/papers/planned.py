@@ -89,6 +89,21 @@ class Planned:
         return [run for n, run in enumerate(by_seed) if run.key not in (each.key for each in by_seed[:n])]
 
     @property
+    def same_runs(self) -> list[list[str]]:
+        """Names of rows that come to the same, as without a text encoder "w/o BERT" does."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in self.trained:
+            groups.setdefault(tuple(run.key for run in row.runs), []).append(row.name)
+        return [names for names in groups.values() if len(names) > 1]
+
+    @property
+    def doubt(self) -> str:
+        """Why its figures may say little, in a sentence; '' where nothing is known."""
+        if self.index.synthetic:
+            return "The data is synthetic: these figures say nothing about the systems, nor about the paper."
+        return "" if self.named else f"The name of the data set does not say that it is {DATA[self.data]}."
+
+    @property
     def launch(self) -> Recipe:
         """A recipe to learn where and how the runs take place: the command says it for all of them."""
         recipe = self.trained[0].recipe

@@ -80,6 +80,8 @@ def estimate(planned: Planned, most: int | None) -> str:
     said += f"; {at_once} at a time on this machine"
     if took := [time for run in runs if state(run) == DONE and (time := seconds(run))]:
         said += f", about {median(took) * left / at_once / 60:.0f} min, as a run that is done took {median(took):.0f} s"
+    else:
+        said += ", for how long is not known before one is done"
     return said
 
 

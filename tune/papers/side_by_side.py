@@ -139,11 +139,7 @@ def _told(planned: Planned, measured: Mapping[str, Measured]) -> list[str]:
     """Under what conditions ours were measured, and the paper's."""
     index, table = planned.index, planned.asked.table
     counts = ", ".join(f"{count:,} {split}" for split, count in index.splits.items())
-    said = []
-    if index.synthetic:
-        said.append("The data is synthetic: these figures say nothing about the systems, nor about the paper.")
-    elif not planned.named:
-        said.append(f"The name of the data set does not say that it is {DATA[planned.data]}.")
+    said = [planned.doubt] if planned.doubt else []
     said.append(f"Data: {index.name}, {counts}; fingerprint {index.fingerprint[:12]}.")
     reads: dict[str, list[str]] = {}
     for row in planned.trained:
@@ -211,7 +207,7 @@ def _notes(planned: Planned, measured: Mapping[str, Measured]) -> list[str]:
             said.append(f"{each.why}.")
         for seed, why in measured[each.name].failed.items() if each.name in measured else ():
             said.append(f"{each.name}, seed {seed}, failed: {why}.")
-    for names in _same_runs(planned):
+    for names in planned.same_runs:
         said.append(f"{' and '.join(names)} are the same runs here.")
     untrained = [row.name for row in planned.rows if row.row.system is None]
     if untrained:
@@ -222,11 +218,3 @@ def _notes(planned: Planned, measured: Mapping[str, Measured]) -> list[str]:
             "bootstraps over test samples, of errors averaged over seeds; p is not corrected for the number of rows."
         )
     return said
-
-
-def _same_runs(planned: Planned) -> list[list[str]]:
-    """Names of rows that come to the same, as without a text encoder "w/o BERT" does."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for row in planned.trained:
-        groups.setdefault(tuple(run.key for run in row.runs), []).append(row.name)
-    return [names for names in groups.values() if len(names) > 1]
