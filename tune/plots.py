@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmsa_dist import run_folder
 from tune import objectives, rates
+from tune.axes import parallel, slices
 from tune.outcome import DONE, STOPPED, Outcome
 from tune.space import Knob, Space
 
@@ -73,28 +74,24 @@ def _png(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from optuna.exceptions import ExperimentalWarning
-    from optuna.visualization import matplotlib as pictures
 
     name = asked_for[0]
-    drawn: list[tuple[str, Any]] = []
-    with warnings.catch_warnings(), pyplot.style.context("default"):
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of axes with one value
-        drawn.append(("parallel.png", pictures.plot_parallel_coordinate(study, target=_value, target_name=name)))
-        drawn.append(("slices.png", pictures.plot_slice(study, target=_value, target_name=name)))
-        if importance := importances(outcomes, space, name):
-            figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(importance)))
+    with pyplot.style.context("default"):
+        importance = importances(outcomes, space, name)
+        names = list(importance) or [knob.short for knob in space.knobs]
+        drawn: list[tuple[str, Any]] = [
+            ("parallel.png", parallel(study, names, name)),
+            ("slices.png", slices(study, names, name)),
+        ]
+        if importance:
+            _, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(importance)))
             axes.barh(list(importance)[::-1], list(importance.values())[::-1])
             axes.set_xlabel(f"importance for {name}")
-            drawn.append(("importance.png", axes))
+            drawn.append(("importance.png", axes.figure))
         if len(asked_for) > 1:
-            drawn.append(("front.png", _front(outcomes, asked_for)))
+            drawn.append(("front.png", _front(outcomes, asked_for).figure))
         paths = []
-        for file, axes in drawn:
-            figure = axes.figure if hasattr(axes, "figure") else axes.flat[0].figure
-            if file == "parallel.png":
-                figure.set_size_inches(4 + 2 * len(space.knobs), 5)  # else its axes run into one another
+        for file, figure in drawn:
             figure.savefig(folder / file, dpi=120, bbox_inches="tight")
             pyplot.close(figure)
             paths.append(folder / file)
