@@ -177,7 +177,10 @@ def headlines(contents: list[dict[str, Any]]) -> str:
             source = f"[{name}](benchmarks/results/{name}.json)"
             rows += [[row["what"], measured(row), wanted(row), row["how"], source] for row in shown]
             notes.append(f"- {name}: `{content['command']}`. {provenance(content)}")
-    return f"{table(['', 'measured', 'wanted', 'how', 'raw'], rows)}\n\n" + "\n".join(notes) if rows else ""
+    if not rows:
+        return ""
+    how = "\n".join(["<details><summary>commands, commits, machines</summary>", "", *notes, "", "</details>"])
+    return f"{table(['', 'measured', 'wanted', 'how', 'raw'], rows)}\n\n{how}"
 
 
 def first_table(content: dict[str, Any]) -> str:

@@ -428,7 +428,7 @@ def test_serving_and_prediction_are_measured(tmp_path: Path) -> None:
     """A real server, two clients at once, each answer checked for its status; and one process beside --ray."""
     run = prediction.trained(tmp_path, "--register", serving.NAME)
     bodies = serving.requests(run, tmp_path / "small")
-    assert len(bodies) == min(serving.ROWS, 60)
+    assert len(bodies) == serving.ROWS
     assert len(serving.in_process(run, tmp_path / "small", 0.2)) > 0
     with serving.served(tmp_path) as port:
         taken = serving.ask(port, bodies, clients=2, seconds=2.0)
