@@ -46,10 +46,20 @@ class Rows:
             raise DataError(f"{path}: has no rows; expected a header and one row an utterance")
 
     def ids(self, wanted: tuple[str, ...]) -> list[str]:
+        """
+        Raises:
+            DataError: one occurs twice; names the lines.
+        """
         if len(wanted) == 1 and "{" in wanted[0]:
-            return self.filled(wanted[0], "--id")
-        columns = [self._column(name, "--id") for name in wanted or self._usual(("video_id", "clip_id"), ("id",))]
-        return ["_".join(parts) for parts in zip(*columns, strict=True)]
+            found = self.filled(wanted[0], "--id")
+        else:
+            columns = [self._column(name, "--id") for name in wanted or self._usual(("video_id", "clip_id"), ("id",))]
+            found = ["_".join(parts) for parts in zip(*columns, strict=True)]
+        lines: dict[str, int] = {}
+        for (line, _), own in zip(self._rows, found, strict=True):
+            if (first := lines.setdefault(own, line)) != line:
+                raise DataError(f"{self._path} line {line}: id {own!r} is that of line {first} too; ids must be unique")
+        return found
 
     def filled(self, pattern: str, option: str) -> list[str]:
         """The pattern with each row's values: ``{video_id}[{clip_id}]`` becomes ``a[3]``."""

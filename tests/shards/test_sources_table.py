@@ -336,7 +336,7 @@ def test_contradictions(tmp_path: Path) -> None:
 
 def test_duplicate_ids(tmp_path: Path) -> None:
     columns = table(clip_id=["0", "0", *table()["clip_id"][2:]])
-    with pytest.raises(DataError, match=r"id 'v0_0' occurs at train\[0\] and train\[1\]; ids must be unique"):
+    with pytest.raises(DataError, match=r"line 3: id 'v0_0' is that of line 2 too; ids must be unique"):
         pack(source(tmp_path, columns), tmp_path / "set")
 
 
