@@ -19,7 +19,15 @@ from tests.ray_nodes import Cluster
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # of all its nodes, and of who joins it
-    for name in ("period", "timeout"):  # five of each, and a silent node is dead
+    with Cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster that takes a silent node for dead after 10 s or so, where Ray's own needs half a minute."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("period", "timeout"):  # five of each
         monkeypatch.setenv(f"RAY_health_check_{name}_ms", "2000")
     with Cluster() as made:
         yield made
@@ -87,18 +95,20 @@ def test_a_killed_raylet_is_invisible(
 @pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.ray
-def test_a_raylet_that_stands_still_is_a_node_that_is_gone(words: list[str], cluster: Cluster, tmp_path: Path) -> None:
+def test_a_raylet_that_stands_still_is_a_node_that_is_gone(
+    words: list[str], impatient: Cluster, tmp_path: Path
+) -> None:
     """Ray takes its node for dead after some seconds; the rank there, which lives on, changes nothing any more."""
     alone = Run(tmp_path / "alone", *words, "--workers", "2", "--launcher", "local")
     alone.result()
-    second = cluster.join()
-    cluster.wait(2)
+    second = impatient.join()
+    impatient.wait(2)
     endless = ("--epochs", "99999", "--train.patience", "99999")
-    run = Run(tmp_path / "raylet", *words, *endless, "--workers", "2", "--address", cluster.address)
+    run = Run(tmp_path / "raylet", *words, *endless, "--workers", "2", "--address", impatient.address)
     try:
         run.until_epoch(1)
-        cluster.signal_raylet(second, signal.SIGSTOP)
-        cluster.join()
+        impatient.signal_raylet(second, signal.SIGSTOP)
+        impatient.join()
         run.until(lambda event: begun_by(run, [2, 2], event), "no beginning on another node")
         os.kill(run.process.pid, signal.SIGINT)
         assert run.wait() == 130, run.output
