@@ -246,16 +246,32 @@ def of_data(recipe: Recipe) -> tuple[AnyIndex, dict[int, Sample]]:
     from mmsa_dist.session import open_index, stable_id, train_tables
 
     index = open_index(recipe)
-    features = [m for m in UNIMODAL_TASK if not (m == "text" and recipe.text.encoder)]  # an encoder reads transcripts
+    features = [m for m in UNIMODAL_TASK if not (m == "text" and recipe.text.encoder)]
+    unsaid = _unsaid(recipe, index)
     found: dict[int, Sample] = {}
     first = index.numbers("train").start
     for table in train_tables(index):
         absent = {m: (table[f"length_{m}"].to_numpy() == 0) & (m in index.modalities) for m in features}
         for row, (key, truth) in enumerate(zip(table["key"].to_pylist(), table["label_M"].to_pylist(), strict=True)):
             lacking = frozenset(UNIMODAL_TASK[m] for m in features if absent[m][row])
+            lacking |= {UNIMODAL_TASK["text"]} if first + row in unsaid else set()
             found[stable_id(key)] = Sample(key, first + row, truth, lacking)
         first += table.num_rows
     return index, found
+
+
+def _unsaid(recipe: Recipe, index: AnyIndex) -> set[int]:
+    """Training samples that have nothing for the text encoder to read: their text has no label of its own."""
+    if not recipe.text.encoder:
+        return set()
+    numbers = index.numbers("train")
+    if recipe.text.input == "tokens" or not index.has_raw_text:
+        from mmsa_dist.session import train_tables
+
+        tokens = np.concatenate([table["n_tokens"].to_numpy() for table in train_tables(index)])
+        return {numbers.start + int(row) for row in np.flatnonzero(tokens == 0)}
+    with open_reader(index) as reader:
+        return {number for number in numbers if reader.sample(number, with_text=True).raw_text is None}
 
 
 def transcripts(labels: Labels, rows: NDArray[np.int64]) -> list[str]:

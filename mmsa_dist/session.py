@@ -229,6 +229,10 @@ def inputs(recipe: Recipe, index: AnyIndex) -> str:
     return f"reads {', '.join(read)}" + (f"; not read: {', '.join(left)}" if left else "")
 
 
+FIRST_STEP = {"text_pooling": "cls", "pooling": "state"}
+"""Fields of systems -> the value that reads a sentence by its first step."""
+
+
 def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
     """Sentences about values of the recipe that change nothing in this run."""
     spec, launch, said = data_spec(recipe, index), recipe.launch, []
@@ -247,11 +251,12 @@ def without_effect(recipe: Recipe, index: AnyIndex) -> list[str]:
     if spec.text is None:
         changed = [key for key, value in recipe.text.model_dump(exclude_defaults=True).items() if value is not None]
         said += [f"text.{key} is without effect: no text encoder reads the text" for key in changed]
-        if "text" in spec.widths and getattr(recipe.model, "text_pooling", None) == "cls":
-            said.append(
-                "model.text_pooling: cls takes the first step of the given text features for all of them, which is "
-                "right where it is BERT's [CLS]; --model.text-pooling mean reads every step"
-            )
+        for field, value in FIRST_STEP.items():
+            if "text" in spec.widths and getattr(recipe.model, field, None) == value:
+                said.append(
+                    f"model.{field}: {value} takes the first step of the given text features for all of them, which is "
+                    f"right where it is BERT's [CLS]; --model.{field.replace('_', '-')} mean reads every step"
+                )
     elif recipe.text.gradient_checkpointing and not recipe.text.finetune:
         said.append("text.gradient_checkpointing is without effect: the text encoder is frozen")
     name = recipe.label_generator

@@ -27,7 +27,9 @@ class Centres:
     @property
     def means(self) -> Tensor:
         """(2, d) float64, NaN where a class has no sample and so no centre."""
-        return self.sums / self.counts[:, None]  # 0 / 0 is NaN
+        counts = self.counts[:, None]
+        # not 0 / 0: what rounding has left of an emptied class is no zero
+        return torch.where(counts > 0, self.sums / counts, torch.nan)
 
     def move(self, slots: Tensor, part: Tensor, classes: Tensor, new: Tensor, old: Tensor) -> None:
         """Takes samples' old features out of the class they were counted in and puts the new ones in theirs.

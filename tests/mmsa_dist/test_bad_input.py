@@ -151,6 +151,25 @@ def test_values_without_effect_are_said(data: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("system", "field"), [("self_mm", "text_pooling: cls"), ("iam", "pooling: state"), ("ufen_mtfn", None)]
+)
+def test_a_sentence_that_is_read_by_its_first_word_is_said(data: str, system: str, field: str | None) -> None:
+    from mmsa_dist.recipe import load_recipe
+    from mmsa_dist.session import without_effect
+    from shards.index import Index
+
+    words = [] if system == "ufen_mtfn" else ["--model.text-pooling" if system == "self_mm" else "--model.pooling"]
+    index, values = Index.load(Path(data)), words and [words[0], (field or "").split(": ")[1]]
+    said = [
+        line for line in without_effect(load_recipe(system, None, ["--data", data, *values]), index) if "step" in line
+    ]
+    assert [line.partition(" takes the first step")[0] for line in said] == ([f"model.{field}"] if field else [])
+    if words:
+        recipe = load_recipe(system, None, ["--data", data, words[0], "mean"])
+        assert not [line for line in without_effect(recipe, index) if "step" in line]
+
+
 def test_data_that_does_not_fit(refused, data: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "nothing: no such folder" in refused(3, "train", "self_mm", "--data", str(tmp_path / "nothing"))
     assert "no index.json in" in refused(3, "train", "self_mm", "--data", str(tmp_path))

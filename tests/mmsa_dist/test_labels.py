@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mmsa_dist.__main__ import main
 from mmsa_dist.labels import Labels
 from mmsa_dist.labels_shown import case_table, cases, figure, moves, turned
 from mmsa_dist.portable import MOMENTS, State
+from mmsa_dist.recipe import load_recipe
 from mmsa_dist.session import open_index, stable_id, train_tables
 from shards.utterance import Utterance
 from shards.write import pack
@@ -261,6 +263,19 @@ def begun(folder: Path, data: Path, **changes: Any) -> Path:
     recipe = recipe_for("self_mm", data, **changes)
     run_folder.write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.dump()))
     return folder
+
+
+def test_what_an_encoder_could_not_read_has_no_label_of_text(tmp_path: Path) -> None:
+    class Some(TinySource):
+        def read(self, split: str, number: int) -> Utterance:
+            utterance = super().read(split, number)
+            return replace(utterance, raw_text=None) if number % 3 == 0 else utterance
+
+    pack(Some(30), tmp_path / "some")
+    for words, silent in (([], 0), (["--text.encoder", "none-is-loaded"], 6)):
+        recipe = load_recipe("self_mm", None, ["--data", str(tmp_path / "some"), *words])
+        _, found = labels.of_data(recipe)
+        assert len(found) == 18 and sum("T" in each.lacking for each in found.values()) == silent
 
 
 def test_bad_input_gets_a_sentence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

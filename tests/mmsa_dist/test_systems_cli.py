@@ -164,12 +164,17 @@ def test_switches_are_fields_like_others_and_name_their_table() -> None:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_switch_is_an_option_of_training(name: str) -> None:
+    """Each sets its field to something else than the default."""
     from mmsa_dist.recipe import load_recipe
 
+    default = load_recipe(name, None, []).model.model_dump()
     for each in switches(get_system(name).Config):
-        flag, _, value = each.flag.partition(" ")
-        if not value or "|" in value:
-            load_recipe(name, None, [flag, *filter(None, [value.partition("|")[0]])])
+        flag, _, values = each.flag.partition(" ")
+        field = flag.removeprefix("--model.").removeprefix("no-").replace("-", "_")
+        metavar = {"LAYERS": "1", "SUBTASKS": "text"}
+        other = metavar.get(values, values.partition("|")[0])
+        set_to = load_recipe(name, None, [flag, *filter(None, [other])]).model.model_dump()
+        assert {key for key in default if set_to[key] != default[key]} == {field}, each.flag
 
 
 def test_the_papers_tables_have_their_switches() -> None:

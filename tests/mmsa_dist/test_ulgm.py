@@ -192,6 +192,23 @@ def test_without_one_of_the_classes_labels_stay(sign: float) -> None:
     assert generator.state_dict()["label.T"].tolist() == [sign, 2 * sign]
 
 
+def test_an_emptied_class_has_no_centre_whatever_rounding_leaves_of_it() -> None:
+    """Two negative samples, one small and one tiny, turn positive: the sum of the rest is no zero, and no centre."""
+    truth = [2.0, 1.5, 1.0, -0.01, -0.02]
+    generator = make_generator(
+        "ulgm", numbers=range(5), ids=range(5), labels=truth, widths={"M": 1, "T": 1}, label_range=(-3, 3)
+    )
+    generator.observe(1, [one(*range(5))], [says([3.0, 3.1, 3.2, 0.0, 0.1], [2.0, 3.0, 3.1, 0.7, 3e-12])])
+    generator.end_epoch()
+    for sample in (3, 4):
+        generator.observe(2, [one(sample)], [says([0.0], [3.0])])
+    state = generator.state_dict()
+    assert state["count.T"].tolist() == [5.0, 0.0] and state["sum.T"][1].item() != 0
+    before = state["label.T"][:3].tolist()
+    generator.observe(2, [one(0, 1, 2)], [says([3.0, 3.1, 3.2], [2.0, 1.0, 0.0])])
+    assert generator.state_dict()["label.T"][:3].tolist() == before
+
+
 def test_zero_is_in_neither_class_unless_it_counts_as_positive() -> None:
     for zero_is_positive, count in ((False, [0.0, 1.0]), (True, [1.0, 1.0])):
         generator = make_generator(
