@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
+from shards.suggest import counted
 
 PAGES = {ROOT / "README.md": ("real", "memory", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
 """Page -> its marked parts."""
@@ -76,7 +77,9 @@ NOTES = {
     "labels of most of these test utterances.",
     "poria": "`vision_cnn3d` comes from a network trained with the labels of all training videos, the held-out ones "
     "that validate here among them, so validation is far too hopeful and chooses epochs that lean on vision. "
-    "Text alone does better on this split, as the reference points say too.",
+    "Text alone does better on this split, as the reference points say too, and so do systems that do not see it: the "
+    "next table.",
+    "poria-blind": "The same videos, recipes and seeds as above, but for vision.",
 }
 """What must be known to read a split's table."""
 
@@ -105,7 +108,7 @@ def real(content: dict[str, Any]) -> str:
         shown = [m for m in METRICS if any(seed.get(m) is not None for run in split["runs"] for seed in run["test"])]
         rows: list[Sequence[str]] = [
             [
-                f"**{run['system']}** ({len(run['test'])} seeds)",
+                f"**{run['system']}** ({counted(len(run['test']), 'seed')})",
                 *(spread(m, [t.get(m) for t in run["test"]]) for m in shown),
             ]
             for run in split["runs"]
