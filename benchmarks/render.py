@@ -79,7 +79,7 @@ NOTES = {
     "that validate here among them, so validation is far too hopeful and chooses epochs that lean on vision. "
     "Text alone does better on this split, as the reference points say too, and so do systems that do not see it: the "
     "next table.",
-    "poria-blind": "The same videos, recipes and seeds as above, but for vision.",
+    "poria-blind": "The same videos and recipes as above, but for vision.",
 }
 """What must be known to read a split's table."""
 
