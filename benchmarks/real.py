@@ -1,11 +1,11 @@
 """Trains on real CMU-MOSI and writes the results table: ``make real DATA=FOLDER``.
 
 FOLDER holds ``utterances.csv`` and ``features.npz`` (docs/your-data.md). Two splits are packed: the official one with
-text and audio (its vision features leak the test labels, so vision is absent), and Poria's with text, audio and vision,
-ten training videos held out as validation; with ``--splits poria-blind`` Poria's without vision, too. Every system is
-trained with every seed through the whole path (Ray, two workers, ZeRO-1), selected on validation; the test split is
-read once a run. Of the labels that a generator made it is kept how far they are from the multimodal ones. What is finished
-already is not run again, and what was recorded of other systems stays.
+text and audio (its vision features leak the test labels, so vision is absent), and Poria's with text, audio and
+vision, ten training videos held out as validation; with ``--splits poria-blind`` Poria's without vision, too. Every
+system is trained with every seed through the whole path (Ray, two workers, ZeRO-1), selected on validation; the test
+split is read once a run. Of the labels that a generator made it is kept how far they are from the multimodal ones.
+What is finished already is not run again, and what was recorded of other systems stays.
 """
 
 import argparse
