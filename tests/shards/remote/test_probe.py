@@ -13,7 +13,8 @@ PLACE = f"s3://{BUCKET}/runs"
 
 
 def keys(bucket: Bucket) -> list[str]:
-    return [item["Key"] for item in bucket.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+    """Below `PLACE`: other tests have left data sets in the bucket."""
+    return [item["Key"] for item in bucket.client.list_objects_v2(Bucket=BUCKET, Prefix="runs/").get("Contents", [])]
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
