@@ -250,13 +250,14 @@ def result(argv: list[str]) -> int:
                 "its runs with --runs-dir"
             )
         names = [results.FILES[command[0]]] if command else dict.fromkeys(results.FILES.values())
-        files = {folder / name: results.read(client, folder / name) for name in names}
-        path, text = next(((path, text) for path, text in files.items() if text is not None), (None, None))
-        if path is None or text is None:
+        for path in (folder / name for name in names):
+            if (text := results.read(client, path)) is not None:
+                break
+        else:
+            there = " or ".join(str(folder / name) for name in names)
             raise ConfigError(
-                f"{' or '.join(map(str, files))} is not there: the run did not end, or its folder was on a disk that "
-                "the cluster's head does not see or has removed (a relative --runs-dir); "
-                f"`mmsa-dist jobs logs {options.id}` shows its table"
+                f"{there} is not there: the run did not end, or its folder was on a disk that the cluster's head does "
+                f"not see or has removed (a relative --runs-dir); `mmsa-dist jobs logs {options.id}` shows its table"
             )
         if path.suffix != ".json" or options.json:
             print(text.rstrip())

@@ -123,9 +123,13 @@ class Told:
             full = TransientError(f"{place}: {error.strerror}; free space, then go on with --resume")
             record_failure(self._folder, self._rank, full)
             raise full from error
-        import torch.distributed as dist
+        record_failure(self._folder, self._rank, error, alone=self._grouped and not _in_group())
 
-        record_failure(self._folder, self._rank, error, alone=self._grouped and not dist.is_initialized())
+
+def _in_group() -> bool:
+    import torch.distributed as dist  # not before there was a group: it may be torch that cannot be imported
+
+    return dist.is_initialized()
 
 
 def record_failure(folder: Path, rank: int, error: BaseException, *, alone: bool = False) -> None:

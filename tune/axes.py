@@ -40,10 +40,10 @@ def slices(study: "optuna.Study", names: Sequence[str], objective: str) -> "Figu
     numbers = [trial.number + 1 for trial in study.trials]
     points = None
     for panel, name in zip(grid.flat, shown, strict=False):
-        places = [_place(study, trial, name) for trial in study.trials]
+        places = [_place(trial, name) for trial in study.trials]
         points = panel.scatter(places, reached, c=numbers, cmap=MAP, s=28)
         best = study.best_trial
-        panel.scatter([_place(study, best, name)], [best.value], s=110, facecolors="none", edgecolors="tab:red")
+        panel.scatter([_place(best, name)], [best.value], s=110, facecolors="none", edgecolors="tab:red")
         _mark(panel, study.trials[0].distributions[name])
         panel.set_xlabel(name)
     for panel in grid.flat[len(shown) :]:
@@ -67,7 +67,7 @@ def parallel(study: "optuna.Study", names: Sequence[str], objective: str) -> "Fi
     better = "viridis" if study.direction.name == "MINIMIZE" else MAP
     colour = cm.ScalarMappable(colors.Normalize(low, high), better)
     for trial in sorted(study.trials, key=lambda trial: trial.number == study.best_trial.number):
-        heights = [_height(trial.distributions[name], _place(study, trial, name)) for name in shown]
+        heights = [_height(trial.distributions[name], _place(trial, name)) for name in shown]
         heights.append((float(trial.value or 0.0) - low) / (high - low or 1.0))
         is_best = trial.number == study.best_trial.number
         colour_of = "tab:red" if is_best else colour.to_rgba(np.asarray([trial.value]))[0]
@@ -88,7 +88,7 @@ def _title(shown: Sequence[str], names: Sequence[str]) -> str:
     return "" if len(shown) == len(names) else f"{len(shown)} of {len(names)} values; sweep.html has all"
 
 
-def _place(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", name: str) -> float:
+def _place(trial: "optuna.trial.FrozenTrial", name: str) -> float:
     """Of a trial along the axis of a value: the number, or which of the choices it is."""
     choices = getattr(trial.distributions[name], "choices", None)
     return float(choices.index(trial.params[name]) if choices else trial.params[name])

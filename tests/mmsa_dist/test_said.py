@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
@@ -121,3 +122,11 @@ def test_what_comes_of_a_group_that_was_taken_away_is_no_fault(
         raise AssertionError("DeepSpeed backend not set")
     found = diagnosis.diagnose(tmp_path, "rank 0 ended, Ray Train says ActorDiedError")
     assert type(found) is kind and ("rank 0 ended" in str(found)) is grouped
+
+
+def test_that_torch_cannot_be_imported_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank that was in no group yet: nothing of torch is needed to say it."""
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)
+    with suppress(ImportError), Told(tmp_path, 0):
+        raise ImportError("libnvrtc is not there")
+    assert "rank 0 failed: ImportError: libnvrtc is not there" in str(diagnosis.diagnose(tmp_path, ""))
