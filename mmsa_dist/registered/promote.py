@@ -157,11 +157,18 @@ def _put_right(
     from mmsa_dist.tracking import aliases
     from mmsa_dist.tracking.fetch import version_of
 
-    for number in aliases.rivals(client, version.name, options.alias, version.number, before):
-        check = gate.as_good(version, version_of(client, version.name, number), options.alias)
-        if not check.passed and not options.force:
-            client.set_registered_model_alias(version.name, options.alias, number)
-            raise TransientError(
-                f"version {number} of {version.name} was promoted to {options.alias} in the same moment, and keeps it: "
-                f"{check.found}; look at both (mmsa-dist models {version.name}) and promote again if need be"
-            )
+    def kept(mine: str, its: str) -> str | None:
+        """Why version `its` keeps the alias before version `mine`."""
+        new, held = (version_of(client, version.name, number) for number in (mine, its))
+        check = gate.as_good(new, held, options.alias)
+        return None if check.passed else check.found
+
+    if options.force:
+        return
+    better = aliases.put_right(client, version.name, options.alias, version.number, before, kept)
+    if better is not None:
+        number, found = better
+        raise TransientError(
+            f"version {number} of {version.name} was promoted to {options.alias} in the same moment, and keeps it: "
+            f"{found}; look at both (mmsa-dist models {version.name}) and promote again if need be"
+        )

@@ -2,7 +2,7 @@
 
 import getpass
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -53,11 +53,10 @@ def promote_better(client: "MlflowClient", name: str, version: str, alias: str, 
         if holder is not None and (note := _better(client, name, version, holder, alias, monitor)):
             return note
         move(client, name, version, alias, holder, reason="asked for when it was trained")
-    for rival in rivals(client, name, alias, version, before):
-        if note := _better(client, name, version, rival, alias, monitor):
-            client.set_registered_model_alias(name, alias, rival)
-            return note
-    return None
+    better = put_right(
+        client, name, alias, version, before, lambda mine, its: _better(client, name, mine, its, alias, monitor)
+    )
+    return better[1] if better else None
 
 
 def records(client: "MlflowClient", name: str, alias: str) -> dict[str, dict[str, str]]:
@@ -70,16 +69,37 @@ def records(client: "MlflowClient", name: str, alias: str) -> dict[str, dict[str
     }
 
 
-def rivals(
-    client: "MlflowClient", name: str, alias: str, version: str, before: Mapping[str, Mapping[str, str]]
-) -> list[str]:
-    """Other versions to which somebody has promoted, or is about to, since `before` (`records`).
+def put_right(
+    client: "MlflowClient",
+    name: str,
+    alias: str,
+    version: str,
+    before: Mapping[str, Mapping[str, str]],
+    kept: Callable[[str, str], str | None],
+) -> tuple[str, str] | None:
+    """After a move of `alias` to `version`: gives it to the best of those that were promoted in the same moment.
 
-    MLflow has no way to move an alias only if it is where it was. But a promotion is recorded before the alias moves:
-    of two at once the one that moves it last finds the record of the other, and can put right what it did.
+    MLflow has no way to move an alias only if it is where it was. But a promotion is recorded before the alias moves,
+    and whoever moves it looks at the records once more, until what they moved it to is the best of all recorded. So
+    the last move of all, whoever made it, has seen every record, and is to the best.
+
+    Args:
+        before: `records` when `version` was judged.
+        kept: of two versions, why the second keeps the alias; None where it does not.
+
+    Returns:
+        None where `version` is the best; otherwise the one that is, and why.
     """
-    now = records(client, name, alias)
-    return [number for number, record in now.items() if number != version and record != before.get(number, {})]
+    moved_to = version
+    while True:
+        best, why = version, ""
+        for rival, record in records(client, name, alias).items():
+            if rival != version and record != before.get(rival, {}) and (note := kept(best, rival)):
+                best, why = rival, note
+        if best == moved_to:
+            return None if best == version else (best, kept(version, best) or why)
+        client.set_registered_model_alias(name, alias, best)
+        moved_to = best
 
 
 def holder_of(client: "MlflowClient", name: str, alias: str) -> str | None:

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Semaphore, Thread
 from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mmsa_dist.tracking.aliases import move, promote_better
 from tests.mmsa_dist.conftest import Tracked, wait_for
@@ -78,6 +81,63 @@ def test_a_run_that_ends_beside_a_promotion_leaves_the_better(tracked: Tracked, 
     note = promote_better(client, name, worse.number, "champion", "mae")
     assert note is not None and f"champion stays with version {better.number}" in note
     assert holder(tracked, name) == better.number
+
+
+class Paced:
+    """A client each of whose calls waits until it is its turn."""
+
+    def __init__(self, client: Any) -> None:
+        self._client, self.turn, self.arrived, self.ended = client, Semaphore(0), Semaphore(0), False
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*words: Any, **named: Any) -> Any:
+            self.arrived.release()
+            assert self.turn.acquire(timeout=60)
+            return getattr(self._client, name)(*words, **named)
+
+        return call
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    maes=st.permutations(["0.3", "0.4", "0.5"]),
+    order=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), min_size=3, max_size=20),
+)
+def test_whatever_the_order_of_their_calls_three_promotions_leave_the_best(
+    maes: list[str], order: list[tuple[int, int]], tracked: Tracked
+) -> None:
+    """Three runs end together; each talks to the registry a few calls at a time, in any order."""
+    name = fresh(tracked)
+    tags = {"data.fingerprint": "one"}
+    versions = [
+        str(tracked.client.create_model_version(name, "file:///nowhere", tags={**tags, "valid.mae": mae}).version)
+        for mae in maes
+    ]
+    clients = [Paced(tracked.client) for _ in maes]
+    notes: dict[str, str | None] = {}
+
+    def run(client: Any, number: str) -> None:
+        try:
+            notes[number] = promote_better(client, name, number, "champion", "mae")
+        finally:
+            client.ended = True
+            client.arrived.release()
+
+    threads = [Thread(target=run, args=each) for each in zip(clients, versions, strict=True)]
+    for thread in threads:
+        thread.start()
+    for client in clients:
+        assert client.arrived.acquire(timeout=60)
+    for which, calls in [*order, *((n, 1_000) for n in range(3))]:
+        for _ in range(calls):
+            if not clients[which].ended:
+                clients[which].turn.release()
+                assert clients[which].arrived.acquire(timeout=60)
+    for thread in threads:
+        thread.join(60)
+    best = versions[maes.index("0.3")]
+    assert holder(tracked, name) == best and notes[best] is None
+    assert len(notes) == 3
 
 
 @pytest.mark.fault

@@ -89,7 +89,8 @@ def index(table: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory)
     columns = Columns(audio="audio_covarep:length", vision="vision_facet:length")
     of = TableSource(write_csv(folder, table), MOSI / "valid_word_aligned.npz", columns)
     made, notes = pack(of, folder / "set", shard_bytes=100_000)
-    assert notes == []
+    (note,) = notes
+    assert note.startswith("label, word of valid_word_aligned.npz were not taken")
     return made
 
 
