@@ -16,7 +16,7 @@ STAMP   := $(VENV)/.installed
 PYTHON  ?= python3.11 python3.12 python3.13 python3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all real lint types check figures format hooks clean
+.PHONY: help install demo test test-all real reproduced lint types check figures format hooks clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,10 @@ test-all: $(STAMP) ## every test, the slow ones too
 real: $(STAMP) ## train on real CMU-MOSI and write the results table: make real DATA=../shared/data/mosi [SYSTEMS="iam pmr"]
 	@test -n "$(DATA)" || { echo "error: make real needs DATA=FOLDER with utterances.csv and features.npz (docs/your-data.md)" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.real --data $(DATA) $(if $(filter-out all,$(SYSTEMS)),--systems $(SYSTEMS))
+
+reproduced: $(STAMP) ## train the papers' comparisons on real CMU-MOSI: make reproduced DATA=../shared/data/mosi
+	@test -n "$(DATA)" || { echo "error: make reproduced needs DATA=FOLDER with utterances.csv and features.npz (docs/your-data.md)" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.reproduced --data $(DATA)
 
 figures: $(STAMP) ## write what benchmarks/results/*.json hold into README.md
 	$(BIN)/python -m benchmarks.render

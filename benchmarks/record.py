@@ -97,10 +97,11 @@ def write(name: str, content: dict[str, Any]) -> Path:
 
 def environment() -> dict[str, Any]:
     """Commit, date, machine and versions that a figure holds for. Figures and pages written before it are no change."""
-    written = [f":!{page}" for page in ("benchmarks/results", "README.md", "benchmarks/README.md")]
+    pages = ("benchmarks/results", "README.md", "benchmarks/README.md", "docs/reproducing.md")
+    others = (".", *(f":!{page}" for page in pages))
     return {
         "commit": _git("rev-parse", "--short", "HEAD") or "none",
-        "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)),
+        "changed_since_commit": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *others)),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(_memory() / 2**30)},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

@@ -2,12 +2,14 @@
 
 A part begins with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``; what lies between is replaced. A result
 that does not exist is not shown. ``--check`` writes nothing and exits with 1 where a page is behind the results.
-README.md has ``real``, ``memory`` (its first table) and ``figures`` (rows with a bound, and headlines),
-benchmarks/README.md has ``all`` (every row).
+README.md has ``real``, ``reproduced`` (ours beside the papers'), ``memory`` (its first table) and ``figures`` (rows
+with a bound, and headlines), docs/reproducing.md has ``tables`` (all that was reproduced), benchmarks/README.md has
+``all`` (every row).
 
 ``real.json`` (written by `benchmarks.real`) holds, beside `record.environment`:
 ``{"splits": [{"name", "title", "runs": [{"system", "command", "seeds": [...], "test": [{metric: value}, ...]}]}]}``,
-one entry of ``test`` a seed; a run also says its own commit and date.
+one entry of ``test`` a seed; a run also says its own commit and date. ``reproduced.json`` (`benchmarks.reproduced`)
+holds ``pages``: of each `mmsa-dist reproduce` what its ``reproduction.json`` has.
 Every other file holds ``rows`` (`record.Row`).
 """
 
@@ -24,7 +26,11 @@ from typing import Any
 from benchmarks.record import RESULTS, ROOT
 from shards.suggest import counted
 
-PAGES = {ROOT / "README.md": ("real", "memory", "figures"), ROOT / "benchmarks" / "README.md": ("all",)}
+PAGES = {
+    ROOT / "README.md": ("real", "reproduced", "memory", "figures"),
+    ROOT / "docs" / "reproducing.md": ("tables",),
+    ROOT / "benchmarks" / "README.md": ("all",),
+}
 """Page -> its marked parts."""
 FIGURES = ("clone", "startup", "data", "packing", "stall", "training", "peer")
 """Files of the figures' table in this order; others follow by name."""
@@ -95,6 +101,8 @@ def sections(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     names = [*(n for n in FIGURES if n in figures), *(n for n in sorted(figures) if n not in FIGURES)]
     return {
         "real": real(results["real"]) if "real" in results else "",
+        "reproduced": beside_papers(results["reproduced"]) if "reproduced" in results else "",
+        "tables": reproductions(results["reproduced"]) if "reproduced" in results else "",
         "figures": headlines([figures[name] for name in names]),
         "memory": first_table(figures["memory"]) if "memory" in figures else "",
         "all": "\n\n".join(whole(figures[name]) for name in names),
@@ -168,6 +176,42 @@ def spread(metric: str, values: Iterable[float | None]) -> str:
     style = METRICS[metric][1]
     text = style.format(statistics.mean(known))
     return text if len(known) == 1 else f"{text.removesuffix('%')} ± {style.format(statistics.stdev(known))}"
+
+
+def beside_papers(content: dict[str, Any]) -> str:
+    """Every row that was reproduced, ours and in brackets what the paper prints."""
+    shown = ("mae", "corr", "acc7", "acc2_has0", "acc2_non0", "f1_has0", "f1_non0")
+    rows = []
+    for page in content["pages"]:
+        for name, row in page["rows"].items():
+            tests = row["test"].values()
+            cells = [spread(metric, [test.get(metric) for test in tests]) for metric in shown]
+            papers = [as_printed(row["paper"], metric) for metric in shown] if not page["differences"] else [""] * 7
+            both = (f"{cell} ({paper})" if cell and paper else cell for cell, paper in zip(cells, papers, strict=True))
+            rows.append([f"{page['paper']}, {page['table']}", f"**{name}** ({counted(len(tests), 'seed')})", *both])
+    return f"{table(['table', '', *(METRICS[m][0] for m in shown)], rows)}\n\n{provenance(content)}"
+
+
+def as_printed(figures: dict[str, float], metric: str) -> str:
+    """A paper's figure of a metric; marked where its convention is not stated, empty where there is none."""
+    unsure = next((kind for kind in ("acc2", "f1") if metric.startswith(f"{kind}_")), None)
+    value = figures.get(metric, figures.get(unsure) if unsure else None)
+    if value is None:
+        return ""
+    form = METRICS[metric][1]
+    return form.format(value / 100 if form.endswith("%}") else value) + ("?" if metric not in figures else "")
+
+
+def reproductions(content: dict[str, Any]) -> str:
+    """Every page that was reproduced, whole."""
+    parts = []
+    for page in content["pages"]:
+        parts += [f"### {page['title']}", f"```\n{page['command']}\n```", *page["told"]]
+        for grid in page["grids"]:
+            parts += [f"**{grid['title']}**"] if grid["title"] else []
+            parts.append(table(grid["header"], grid["rows"]))
+        parts.append("\n".join(f"- {note}" for note in page["notes"]))
+    return "\n\n".join([*parts, provenance(content)])
 
 
 def headlines(contents: list[dict[str, Any]]) -> str:

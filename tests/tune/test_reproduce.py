@@ -119,7 +119,10 @@ def test_the_table_has_the_paper_and_ours(reproduced: Reproduced) -> None:
     page = (reproduced.folder / "table.html").read_text()
     assert "87.20?" in page and "pictures/loss-TAM-ULAG.png" in page and "pictures/tsne-TAM-ULAG.png" in page
     assert "labels that ulag generated for TAM-ULAG, seed 1, after epoch 2" in page
-    rows = run_folder.read_json(reproduced.folder / "reproduction.json")["rows"]
+    summary = run_folder.read_json(reproduced.folder / "reproduction.json")
+    rows = summary["rows"]
+    for grid in summary["grids"]:
+        assert all(f"| {' | '.join(cells)} |" in text for cells in (grid["header"], *grid["rows"]))
     for name in ("TAM-ULAG", "w/o ULAG"):
         for seed, key in rows[name]["runs"].items():
             recipe = (reproduced.where / key / "recipe.yaml").read_text()

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -174,5 +175,6 @@ def _summary(planned: Planned, shown: Page, measured: Mapping[str, Measured]) ->
         "code": code_version(),
         "told": shown.told,
         "notes": shown.notes,
+        "grids": [asdict(grid) for grid in shown.grids],
         "rows": rows,
     }
