@@ -134,13 +134,15 @@ def test_the_table_has_the_paper_and_ours(reproduced: Reproduced) -> None:
 @ray
 def test_the_same_command_again_trains_nothing(reproduced: Reproduced, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file: file.stat().st_mtime_ns for file in reproduced.where.glob("*/*") if file.is_file()}
+    record = (reproduced.folder / "reproduction.json").read_bytes()
     began = time.process_time()
     assert main(reproduced.words) == 0
     assert time.process_time() - began < 10, "seconds of this process: others may keep the machine busy"
     out = capsys.readouterr().out
     assert "4 runs: 4 done\n" in out and "begins" not in out
     changed = [file for file, at in before.items() if file.stat().st_mtime_ns != at]
-    assert {file.name for file in changed} <= {"table.md", "table.html"}
+    assert {file.name for file in changed} <= {"table.md", "table.html", "reproduction.json"}
+    assert (reproduced.folder / "reproduction.json").read_bytes() == record
 
 
 @ray
