@@ -164,10 +164,11 @@ def test_tables_of_classes_are_planned_on_classes(tmp_path: Path) -> None:
 
 def test_a_recipe_of_ones_own_for_each_system_comes_from_a_folder(data: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "tam_ulag.yaml").write_text("optim: {clip: 0.25}\n")
+    (tmp_path / "recipes" / "tam_ulag.yaml").write_text("optim: {clip: 0.25}\ndata: {normalize: [audio]}\n")
     (row, _) = planned(data, tmp_path, recipe=str(tmp_path / "recipes")).trained
     assert row.recipe is not None and row.recipe.optim.clip == 0.25
-    assert "optim.clip 0.0 -> 0.25" in row.changed
+    assert "optim.clip 0.0 -> 0.25" in row.changed and "data.normalize none -> ['audio']" in row.changed
+    assert not {each.split()[0] for each in row.changed} & {"train.monitor", "labels.generator"}, "left open: the usual"
 
 
 # --- what became of them ----------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def plan(asked: Asked) -> Planned:
             if recipe is None
             else [run_of(recipe, index, name, recipe.seed + step, asked.where) for step in range(asked.seeds)]
         )
-        changed = () if recipe is None else _changed(asked, row, name, data)
+        changed = () if recipe is None else _changed(asked, row, name, data, index)
         rows.append(PlannedRow(name, row, recipe, tuple(runs), why, changed))
     if len(refused) == len(chosen):
         raise ConfigError(refused[0])
@@ -231,15 +231,20 @@ def _checked(asked: Asked, row: Row, name: str, data: str, index: AnyIndex) -> t
     return recipe, ""
 
 
-def _changed(asked: Asked, row: Row, name: str, data: str) -> tuple[str, ...]:
-    """What the command changes of the packaged recipe."""
+def _changed(asked: Asked, row: Row, name: str, data: str, index: AnyIndex) -> tuple[str, ...]:
+    """What the command changes of the packaged recipe; what either leaves open is decided first."""
     assert row.system is not None
     used = _recipe(asked, row, name, data)
-    usual = flatten(_loaded(row.system, _usual(row.system, data), ("--data", *used.data.paths)))
+    packed = _loaded(row.system, _usual(row.system, data), ("--data", *used.data.paths))
+    usual = flatten(session.settled(packed, index))
     skipped = (*RESUMABLE, "seed", *row.set)
     found = [
-        f"{key} {usual.get(key)} -> {value}"
-        for key, value in flatten(used).items()
+        " -> ".join((f"{key} {_spelt(usual.get(key))}", _spelt(value)))
+        for key, value in flatten(session.settled(used, index)).items()
         if value != usual.get(key) and not key.startswith(skipped)
     ]
     return tuple(found)
+
+
+def _spelt(value: object) -> str:
+    return "unset" if value is None else "none" if value == [] else str(value)
