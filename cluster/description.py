@@ -29,11 +29,15 @@ LOOPBACK = re.compile(r"^(localhost|127\..*|::1)$")
 class Strict(BaseModel):
     """Unknown keys are errors; nothing is converted; nothing changes after construction."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r]*$")]
-"""One line."""
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]*$")]
+"""One line, for every reader of one."""
+Word = Annotated[str, Field(min_length=1, pattern=r"^[\w.,:@+/-]+$")]
+"""A name of somebody else's: one word, for every shell."""
 Lines = Annotated[tuple[Text, ...], Field(strict=False)]
 """YAML's lists are tuples here."""
 
@@ -41,11 +45,11 @@ Lines = Annotated[tuple[Text, ...], Field(strict=False)]
 class Head(Strict):
     """The node that holds the cluster together. It runs the driver of each job and no rank."""
 
-    cpus: int = Field(default=4, ge=1)
+    cpus: int = Field(default=4, ge=1, le=4096)
     """CPUs."""
-    memory_gib: int = Field(default=16, ge=2)
+    memory_gib: int = Field(default=16, ge=2, le=65_536)
     """Memory in GiB."""
-    machine: Text | None = None
+    machine: Word | None = None
     """Machine type of the cloud (ray up), e.g. m7i.xlarge or e2-standard-4."""
     spot: bool = False
     """Always false: when the head is taken away, so is every job."""
@@ -61,25 +65,25 @@ class Head(Strict):
 class Workers(Strict):
     """The nodes that train, all alike."""
 
-    least: int = Field(default=1, ge=1)
+    least: int = Field(default=1, ge=1, le=10_000)
     """Fewest nodes to go on with."""
-    most: int = Field(default=1, ge=1)
+    most: int = Field(default=1, ge=1, le=10_000)
     """Most nodes. More than `least`: nodes come and go, and a run goes on with as many ranks as there is room for."""
-    cpus: int = Field(default=8, ge=1)
+    cpus: int = Field(default=8, ge=1, le=4096)
     """CPUs of a node."""
-    memory_gib: int = Field(default=32, ge=2)
+    memory_gib: int = Field(default=32, ge=2, le=65_536)
     """Memory of a node in GiB."""
-    gpus: int = Field(default=0, ge=0)
+    gpus: int = Field(default=0, ge=0, le=64)
     """GPUs of a node."""
-    gpu: Text | None = None
+    gpu: Word | None = None
     """Kind of GPU, as the place calls it: nvidia-l4 (GKE, Google Cloud), NVIDIA-A10G (a node label), a100 (Slurm)."""
     ranks: int | None = Field(default=None, ge=1)
     """Ranks of a training run on a node. Unset: one for each GPU, else one."""
-    machine: Text | None = None
+    machine: Word | None = None
     """Machine type of the cloud (ray up), e.g. g6.2xlarge or g2-standard-8."""
     spot: bool = False
     """Take spare capacity, which is cheap and may be taken away: runs go on from their last checkpoint."""
-    idle_minutes: float = Field(default=5, gt=0)
+    idle_minutes: float = Field(default=5, gt=0, le=1e6)
     """Minutes without work after which a node above `least` is given back."""
 
     @property
@@ -101,9 +105,9 @@ class Workers(Strict):
 class Checkpoint(Strict):
     """How often a run is saved: after a fixed time, or so often that failures and saving together cost the least."""
 
-    every_seconds: float | None = Field(default=None, gt=0)
+    every_seconds: float | None = Field(default=None, ge=1, le=1e7)
     """Seconds between two checkpoints."""
-    mtbf_hours: float | None = Field(default=None, gt=0)
+    mtbf_hours: float | None = Field(default=None, gt=0, le=1e6)
     """Mean time between failures of the whole job, in hours: with N spot nodes that each last H hours it is H / N."""
     cost_seconds: float = Field(default=1.0, gt=0)
     """Seconds for which training stands still for a checkpoint; `mmsa-dist plan` measures it."""
@@ -118,7 +122,7 @@ class Checkpoint(Strict):
         """
         if self.mtbf_hours is None:
             return self.every_seconds
-        return max((2 * self.cost_seconds * self.mtbf_hours * 3600) ** 0.5, self.write_seconds)
+        return max((2 * self.cost_seconds * self.mtbf_hours * 3600) ** 0.5, self.write_seconds, 1.0)
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -140,8 +144,11 @@ class Shared(Strict):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: str) -> str:
-        if not path.startswith("/") or re.search(r"\s", path):
-            raise ValueError(f"{path} is no absolute path without spaces; it must be the same on every node")
+        if not re.fullmatch(r"(/[\w.+-]+)+/?", path, re.ASCII):
+            raise ValueError(
+                f"{path} is no absolute path of letters, digits, dots, dashes and underscores; it must be the same on "
+                "every node"
+            )
         return path.rstrip("/")
 
     @field_validator("nfs")
@@ -155,17 +162,17 @@ class Shared(Strict):
 class Cloud(Strict):
     """ray up: where the machines are rented."""
 
-    region: Text | None = None
+    region: Word | None = None
     """Region, e.g. us-west-2 or us-central1."""
-    zones: Lines = ()
+    zones: Annotated[tuple[Word, ...], Field(strict=False)] = ()
     """Zones in order of preference; Google Cloud takes one."""
-    project: Text | None = None
+    project: Word | None = None
     """Google Cloud: the project's id."""
-    machine_image: Text | None = None
+    machine_image: Word | None = None
     """AMI, or the path of a Google Cloud image. Unset: Ray's deep-learning AMI; Ubuntu 24.04 on Google Cloud."""
-    identity: Text | None = None
+    identity: Word | None = None
     """What workers may do: the name of an instance profile (AWS), the e-mail of a service account (Google Cloud)."""
-    ssh_user: Text = "ubuntu"
+    ssh_user: Word = "ubuntu"
     """User of the machine image."""
     disk_gib: int = Field(default=200, ge=50)
     """Disk of a machine, in GiB: packages, and the cache of shards."""
@@ -174,18 +181,21 @@ class Cloud(Strict):
 class Kubernetes(Strict):
     """KubeRay 1.6 or newer."""
 
-    namespace: Text = "default"
+    namespace: Word = "default"
     """Namespace of everything."""
-    service_account: Text | None = None
-    """Service account of the workers, which gives them the bucket (workload identity, IRSA)."""
-    credentials_secret: Text | None = None
+    service_account: Word | None = None
+    """Service account of the pods, which gives them the bucket (workload identity, IRSA)."""
+    head_service_account: Word | None = None
+    """One for the head alone, which reads the bucket too; where nodes come and go KubeRay lets it ask for pods.
+    Unset: service_account."""
+    credentials_secret: Word | None = None
     """Secret with one file `credentials` that opens the bucket, where no service account does; mounted as a volume."""
-    token_secret: Text | None = None
+    token_secret: Word | None = None
     """Secret with the key `auth_token`. Unset: NAME-ray-token."""
     spot_label: Text = "cloud.google.com/gke-spot=true"
     """Label and taint of spot nodes; eks.amazonaws.com/capacityType=SPOT, kubernetes.azure.com/scalesetpriority=spot
     elsewhere."""
-    gpu_label: Text = "cloud.google.com/gke-accelerator"
+    gpu_label: Word = "cloud.google.com/gke-accelerator"
     """Node label that holds the kind of GPU; nvidia.com/gpu.product with NVIDIA's GPU operator."""
     retries: int = Field(default=3, ge=0)
     """How often a failed job starts again, in a new cluster, and goes on from its last checkpoint."""
@@ -203,13 +213,13 @@ class Kubernetes(Strict):
 class Slurm(Strict):
     """A Slurm cluster with a disk that all nodes share."""
 
-    partition: Text | None = None
+    partition: Word | None = None
     """Partition. Unset: the cluster's default."""
-    account: Text | None = None
+    account: Word | None = None
     """Account that pays."""
-    qos: Text | None = None
+    qos: Word | None = None
     """Quality of service."""
-    hours: float = Field(default=24, gt=0)
+    hours: float = Field(default=24, gt=0, le=8760)
     """Time limit of one attempt, in hours."""
     requeues: int = Field(default=10, ge=0)
     """How often a job whose time is up, or that was preempted, is queued again and goes on."""
@@ -279,9 +289,13 @@ class Description(Strict):
         if address is None:
             return None
         parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port beyond 65535
+            valid = False
+        if not valid or not re.fullmatch(r"[\w.:/\[\]~%+-]+", address, re.ASCII):
             raise ValueError(f"{address} is no server; expected http://HOST:PORT")
-        if LOOPBACK.match(parts.hostname):
+        if LOOPBACK.match(parts.hostname or ""):
             raise ValueError(f"{address} is each node itself; give the server's address within the cluster's network")
         return address
 
@@ -342,7 +356,7 @@ def load(path: Path) -> Description:
         ) from error
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: {problem or 'is no YAML'}") from error
@@ -368,7 +382,8 @@ def _sentence(error: Any) -> str:
     if error["type"] == "string_pattern_mismatch" and key == "name":
         why = "expected lower case, digits and dashes, a letter first"
     elif error["type"] == "string_pattern_mismatch":
-        why = "expected one line"
+        word = error["ctx"]["pattern"].startswith(r"^[\w")
+        why = "expected one word of letters, digits and .,:@+/-" if word else "expected one line"
     return f"{key}: {why[0].lower()}{why[1:]}, found {error['input']!r}"
 
 

@@ -5,6 +5,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Literal
 
+from cluster import stream
 from cluster.client import exit_code, first_line, later
 from cluster.errors import TransientError
 
@@ -37,20 +38,17 @@ class Log:
 
         failures = 0
         while True:
-            skip = self._printed  # a new stream starts from the log's beginning
             try:
-                async for text in self._client.tail_job_logs(self._job):
-                    new = text[skip:]
-                    skip -= len(text) - len(new)
-                    self._printed += len(new)
-                    print(new, end="", flush=True)
+                await stream.followed(self._client, self._job, self._printed, self._print)
                 details = await asyncio.to_thread(self._client.get_job_info, self._job)
                 if details.status.is_terminal():
                     return details
                 failures = 0  # the head answers: only the stream was cut
             except BrokenPipeError:
                 raise
-            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            except stream.SilentError:
+                continue
+            except (TransientError, RuntimeError, OSError, aiohttp.ClientError) as error:
                 failures += 1
                 if failures > RECONNECTS:
                     raise TransientError(
@@ -58,6 +56,10 @@ class Log:
                         f"run, see `mmsa-dist jobs status {self._job}`"
                     ) from error
             await asyncio.sleep(1.0)
+
+    def _print(self, new: str) -> None:
+        self._printed += len(new)
+        print(new, end="", flush=True)
 
 
 def followed(client: "JobSubmissionClient", address: str, log: Log, job: str, *, stopping: bool = False) -> int:

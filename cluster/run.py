@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -29,6 +29,8 @@ from cluster.errors import ConfigError, TransientError
 
 LOOK = 2.0
 """Seconds between two looks at the cluster."""
+MOST = 10_000
+"""Nodes that can be asked for."""
 CONNECT_SECONDS = 20.0
 """How long the head may take to answer before it counts as unreachable."""
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -72,6 +74,7 @@ def main(argv: list[str]) -> int:
             'nothing to run: put the command after "--", as in mmsa-dist cluster run -- train ufen_mtfn …'
         )
     least, most = span(options.nodes)
+    _check(options)
     room = Room(options, least, most)
     room.wait()
     try:
@@ -81,13 +84,28 @@ def main(argv: list[str]) -> int:
         room.release()
 
 
+def _check(options: Run) -> None:
+    """What can be known of the options alone.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    if options.cpus < 1 or options.gpus < 0:
+        raise ConfigError(f"--cpus {options.cpus} --gpus {options.gpus}: a node has 1 CPU or more, and 0 GPUs or more")
+    for name in ("timeout", "patience"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise ConfigError(f"--{name} {getattr(options, name):g}: expected a number of seconds")
+
+
 def span(text: str) -> tuple[int, int]:
     """The fewest and the most nodes.
 
     Raises:
-        ConfigError: not a number, or two in order.
+        ConfigError: not a number, or two in order, or more than there can be.
     """
     least, _, most = text.rpartition(":")
+    if most.isdecimal() and int(most) > MOST:
+        raise ConfigError(f"--nodes {text}: at most {MOST:,} nodes")
     if not most.isdecimal() or (least and not least.isdecimal()) or not 0 < int(least or most) <= int(most):
         raise ConfigError(f"--nodes {text}: neither a number of nodes nor LEAST:MOST; use --nodes 4, or 1:4")
     return int(least or most), int(most)
@@ -114,7 +132,7 @@ class Room:
         began = enough = time.monotonic()
         said = -1
         try:
-            while (there := self._there(ray.cluster_resources())) < self._most:
+            while (there := self._there(ray.nodes())) < self._most:
                 now = time.monotonic()
                 enough = enough if there >= self._least else now
                 if there >= self._least and now - enough >= self._options.patience:
@@ -141,6 +159,10 @@ class Room:
 
         if not self._asked:
             return
+        try:
+            Path.cwd()
+        except FileNotFoundError:  # Ray has removed it with the command
+            os.chdir("/")
         try:
             self._connect()
             self._ask([])
@@ -174,10 +196,14 @@ class Room:
         request_resources(bundles=bundles)
         self._asked = bool(bundles)
 
-    def _there(self, resources: dict[str, float]) -> int:
-        """How many nodes' worth of resources the cluster has."""
-        there = int(resources.get("CPU", 0) // self._options.cpus)
-        return min(there, int(resources.get("GPU", 0) // self._options.gpus)) if self._options.gpus else there
+    def _there(self, nodes: list[dict[str, Any]]) -> int:
+        """How often what a node is to have fits into the nodes that there are."""
+
+        def times(has: dict[str, float]) -> int:
+            by_cpus = int(has.get("CPU", 0) // self._options.cpus)
+            return min(by_cpus, int(has.get("GPU", 0) // self._options.gpus)) if self._options.gpus else by_cpus
+
+        return sum(times(node["Resources"]) for node in nodes if node["Alive"])
 
 
 @contextmanager
@@ -210,8 +236,11 @@ def continued(command: list[str]) -> list[str] | None:
     runs = (
         path.parent for path in folder.glob("*/recipe.yaml") if not path.with_name("space.yaml").exists()
     )  # a sweep's
-    newest = max(runs, key=_begun, default=None)
+    there = list(runs)
+    newest = max((run for run in there if _same(command, run)), key=_begun, default=None)
     if newest is None:
+        if there:
+            print(f"no run in {folder} is of this command: a new one begins", flush=True)
         return command
     if (newest / "result.json").is_file() and not _unrecorded(newest):
         print(f"{newest} is finished: its result is in {newest / 'result.json'}; another run needs another name")
@@ -237,6 +266,39 @@ def carried_out(words: list[str], address: str | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+PLACES = ("--runs-dir", "--workers", "--zero", "--address", "--launcher", "--register", "--alias", "--tracking-uri")
+ABOUT = ("--launch.", "--tracking.", "--checkpoint.", "--engine.zero", "--engine.offload", "--data.readers")
+"""Options that may differ where a run goes on: none of them changes its result."""
+
+
+def _same(command: list[str], run: Path) -> bool:
+    """Whether a run was begun by this command, but for words that change no result."""
+    try:
+        told = json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"]
+        return _meant(told[told.index("train") :]) == _meant(command)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _meant(command: list[str]) -> list[str]:
+    """The words of a command that decide what comes out."""
+    kept: list[str] = []
+    words = iter([part for word in command for part in _parts(word)])
+    for word in words:
+        if word in PLACES or word.startswith(ABOUT):
+            if not word.startswith(("--tracking.no-", "--checkpoint.no-")):
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
+
+
+def _parts(word: str) -> list[str]:
+    """``--option=value`` as two words, as ``--option value`` has them."""
+    option, equals, value = word.partition("=")
+    return [option, value] if equals and option.startswith("--") else [word]
 
 
 def _begun(run: Path) -> float:

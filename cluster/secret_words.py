@@ -7,7 +7,9 @@ from pathlib import PurePosixPath
 from cluster.errors import ConfigError
 
 KINDS = {
-    "a password within an address": re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:(?!\d+/)[^\s@]+@", re.IGNORECASE),
+    "a password within an address": re.compile(
+        r"[a-z][a-z0-9+.-]*://[^/\s:@]*:(?!\d+/)[^\s@]+@|https?://[^/\s:@?#]{16,}@", re.IGNORECASE
+    ),
     "an AWS access key": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
     "an access token": re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,}"
@@ -15,12 +17,12 @@ KINDS = {
     ),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "a signed address": re.compile(
-        r"[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key)=[^&\s]+"
+        r"[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key|password|passwd|pwd)=[^&\s]+"
     ),
 }
 """What it is -> how it looks, wherever in a word it stands."""
 NAMED = re.compile(
-    r"(?:^|[-_.])(?:password|passwd|secret|token|api[-_]?key|access[-_]?key|secret[-_]?key|credentials?)$",
+    r"(?:^|[-_.])(?:password|passwd|pwd|secret|token|api[-_]?key|access[-_]?key|secret[-_]?key|credentials?)$",
     re.IGNORECASE,
 )
 """Names of options and variables whose values are secrets, unless they say where one lies."""
@@ -52,6 +54,9 @@ def _found(command: list[str]) -> Iterator[tuple[str, str]]:
         for kind, looks in KINDS.items():
             if looks.search(word):
                 yield where, kind
+        inner, inner_equals, inner_value = value.partition("=")  # --env=NAME=value
+        if inner_equals and NAMED.search(inner) and _tells(inner_value, KEY.search(inner) is not None):
+            yield option, "a secret"
         if equals and NAMED.search(option) and _tells(value, KEY.search(option) is not None):
             yield option, "a secret"
         elif not word.startswith("--") and NAMED.search(before) and _tells(word, KEY.search(before) is not None):

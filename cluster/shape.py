@@ -6,6 +6,7 @@ tells, or where a command waits for nodes, it is a note.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
@@ -87,9 +88,10 @@ def needed(command: list[str]) -> Need | None:
 
 def _need(what: str, count: str, cpus: str, gpus: str, *, waits: bool) -> Need | None:
     try:
-        return Need(what, int(count.partition(":")[0]), float(cpus), float(gpus), waits)
+        need = Need(what, int(count.partition(":")[0]), float(cpus), float(gpus), waits)
     except ValueError:
         return None  # the command itself says what is wrong with it
+    return need if isfinite(need.cpus + need.gpus) else None
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,15 @@ Ray's own `ray job submit` knows the exit codes 0 and 1 only; here the job's 2 (
 again) reaches the shell that submitted it. What can be known to go wrong is said before anything is sent.
 """
 
+import errno
+import re
 import secrets
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cluster import secret_words, shape
-from cluster.client import connected, later
-from cluster.command_line import parsed
-from cluster.errors import ConfigError
+from cluster.client import READER, connected, later
+from cluster.command_line import parsed, value_of
+from cluster.errors import ConfigError, TransientError
 from cluster.follow import Log, followed
 from cluster.job import STOP
 from cluster.wheel import PROGRAM, packages, wheel_of
@@ -28,6 +31,8 @@ from cluster.working_dir import MUCH, bulk, files_to_send, measure, mib, write_a
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+"""What a job may be called: it stands in the addresses of Ray's interface, and in tables."""
 START_SECONDS = 60.0
 """How long a head that answers may take until it can run jobs."""
 NOT_YET = ("No available agent", "Cannot connect to host")
@@ -93,23 +98,58 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 def submit(options: Submit, command: list[str]) -> int:
     """Sends ``python -m mmsa_dist COMMAND`` to the cluster. Gives the job's exit code, or 0 when detached."""
     secret_words.refuse(command)
+    _check(options)
     parcel = packed(options)
-    for note in (*parcel.notes(), *unsent(parcel.folder, parcel.files, command)):
+    for note in (*parcel.notes(), *unsent(parcel.folder, parcel.files, command), *removed(command)):
         print(f"note: {note}", file=sys.stderr)
-    with connected(options.address) as (address, client):
-        if short := shape.check(shape.needed(command), shape.nodes_of(client)):
+    need = shape.needed(command)
+    with tempfile.TemporaryDirectory() as folder, connected(options.address) as (address, client):
+        if short := shape.check(need, shape.nodes_of(client)):
             print(f"note: {short}", file=sys.stderr)
         print(f"sending {parcel} to {address}")
-        with tempfile.TemporaryDirectory() as temporary:
-            archive = Path(temporary) / "working_dir.zip"
-            write_archive(parcel.folder, parcel.files, archive, parcel.wheel)
-            entrypoint = shlex.join([options.python, "-m", "mmsa_dist", *command])
-            job = _submit_job(client, entrypoint, archive, options.name)
+        entrypoint = shlex.join([options.python, "-m", "mmsa_dist", *command])
+        archive = _written(parcel, Path(folder))
+        job = _submit_job(client, entrypoint, archive, options.name)
+        archive.unlink()
         print(f"job {job}: {entrypoint}", flush=True)
         if options.detach:
             print(later(address, job))
             return 0
         return followed(client, address, Log(client, job), job)
+
+
+def _check(options: Submit) -> None:
+    """What can be known of the options alone.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    if options.name is not None and (not NAME.fullmatch(options.name) or options.name.startswith(READER)):
+        raise ConfigError(
+            f"--name {options.name!r}: a job's id is 1 to 100 letters, digits, dots, dashes and underscores, the first "
+            f"a letter or digit, and does not begin with {READER}"
+        )
+    for name in ("address", "python"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name} is empty; leave it out, or give it a value (a variable that is not set?)")
+
+
+def _written(parcel: "Parcel", folder: Path) -> Path:
+    """The archive of what is sent, in `folder`.
+
+    Raises:
+        ConfigError: a file cannot be read, or has a name that is no UTF-8. TransientError: there is no room for it.
+    """
+    archive = folder / "working_dir.zip"
+    try:
+        write_archive(parcel.folder, parcel.files, archive, parcel.wheel)
+    except UnicodeError as error:
+        raise ConfigError(f"working dir {parcel.folder}: a file's name is no UTF-8: {error}; rename it") from error
+    except OSError as error:
+        where = error.filename or archive
+        kind = TransientError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise kind(f"{where}: {error.strerror or error}; it cannot be sent along") from error
+    return archive
 
 
 @dataclass(frozen=True)
@@ -156,8 +196,42 @@ def unsent(folder: Path, files: list[Path], command: list[str]) -> Iterator[str]
         value = Path(word.partition("=")[2] if word.startswith("--") and "=" in word else word)
         if value.is_absolute() or value in sent or value == Path():
             continue
-        if (folder / value).exists():
+        with suppress(OSError, ValueError):  # too long for a name, or below what may not be entered
+            if not (folder / value).exists():
+                continue
             yield f"{value} exists here but is not sent along; the job looks for it on the cluster's nodes"
+
+
+RESULTS = {
+    "train": "--runs-dir",
+    "sweep": "--runs-dir",
+    "reproduce": "--runs-dir",
+    "predict": "--out",
+    "export": "--to",
+}
+"""Command -> the option that says where its results go; a relative folder where it is left out."""
+
+
+def removed(command: list[str]) -> Iterator[str]:
+    """One sentence where a command's results would be removed with the job, or looked for in a folder that is new."""
+    if command[0] == "cluster" and "--" in command:
+        command = command[command.index("--") + 1 :]
+    option = RESULTS.get(command[0] if command else "")
+    if option is None or "--resume" in command or any(word in ("-h", "--help", "--print-config") for word in command):
+        return
+    told = value_of(command, option)
+    if told is None or not (told.startswith("/") or "://" in told):
+        what = f"{option} {told}" if told else f"{option} is not given, so that it"
+        yield (
+            f"{what} is within the job's copy of the working dir, which the cluster removes with the job: give "
+            f"{option} an absolute folder that stays"
+        )
+    stores = (value_of(command, name) for name in ("--tracking-uri", "--runs-dir"))
+    if command[0] == "predict" and any(word.startswith("models:/") for word in command) and not any(stores):
+        yield (
+            "models:/… is looked up where the job's node has MLFLOW_TRACKING_URI, else in the job's copy of the "
+            "working dir, which has no models: give --tracking-uri or --runs-dir"
+        )
 
 
 def _submit_job(client: "JobSubmissionClient", entrypoint: str, archive: Path, name: str | None) -> str:
@@ -171,7 +245,7 @@ def _submit_job(client: "JobSubmissionClient", entrypoint: str, archive: Path, n
             return str(client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=environment))
         except RuntimeError as error:
             if "already exists" in str(error):
-                if tries > 1:
+                if tries > 1 and client.get_job_info(job).entrypoint == entrypoint:
                     return job  # a try before this one was heard
                 raise ConfigError(
                     f"job {job} exists on this cluster already; choose another --name, or leave it out"

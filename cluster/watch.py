@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
     options = parsed(Watch, argv, "mmsa-dist jobs watch")
     if (options.job is None) == (options.run is None):
         raise ConfigError("what to watch: a job's id, or --run RUN_DIR, and not both; see mmsa-dist jobs watch --help")
-    if options.every <= 0 or options.lines < 0:
-        raise ConfigError("--every: more than 0 seconds; --lines: 0 or more")
+    if not 0 < options.every <= 3600 or options.lines < 0:
+        raise ConfigError("--every: more than 0 seconds, at most an hour; --lines: 0 or more")
     try:
         with opened(options) as watched:
             return _watch(watched, options)

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cluster import stream
 from cluster.errors import TransientError
 from cluster.seen import ENDED, FAILED, RUNNING, Rank, Seen, duration
 
@@ -199,20 +200,19 @@ class Followed(Log):
         import aiohttp
 
         while True:
-            skip = self._taken  # a new stream starts from the log's beginning
             try:
-                async for text in self._client.tail_job_logs(self._job):
-                    new = text[skip:]
-                    skip -= len(text) - len(new)
-                    self._taken += len(new)
-                    with self._lock:
-                        self.take(new)
+                await stream.followed(self._client, self._job, self._taken, self._grow)
                 details = await asyncio.to_thread(self._client.get_job_info, self._job)
                 if details.status.is_terminal():
                     return
-            except (RuntimeError, OSError, aiohttp.ClientError):
+            except (TransientError, RuntimeError, OSError, aiohttp.ClientError):
                 pass  # whoever looks at the job's state hears of it
             await asyncio.sleep(1.0)
+
+    def _grow(self, new: str) -> None:
+        self._taken += len(new)
+        with self._lock:
+            self.take(new)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------

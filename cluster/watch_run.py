@@ -11,6 +11,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ class Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._position += len(whole)
         for line in whole.splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut short by a kill
-                continue
+            with suppress(ValueError):  # cut short by a kill
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield event
 
 
 @dataclass
@@ -82,7 +83,8 @@ class RankFolder:
 
     def look(self) -> None:
         for event in self.tail.more():
-            self._take(event)
+            with suppress(KeyError, TypeError, ValueError):  # not one of ours
+                self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
         name, booked = event["event"], event.get("booked", {})

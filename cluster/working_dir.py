@@ -9,6 +9,7 @@ import subprocess
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,8 +23,23 @@ MUCH = 100 * 2**20
 NEVER_SENT = frozenset(
     {".git", ".venv", "venv", ".env", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
     | {".tox", ".ipynb_checkpoints", "node_modules", "runs", "mlruns", "mlartifacts", "mlflow.db", ".DS_Store"}
+    | {
+        ".ssh",
+        ".aws",
+        ".azure",
+        ".config",
+        ".docker",
+        ".gnupg",
+        ".kube",
+        ".ray",
+        ".netrc",
+        ".pgpass",
+        ".git-credentials",
+    }
 )
 """Names that are left out wherever they stand: history, environments, caches, secrets and the results of runs."""
+SECRET = (".env.*", "*.pem", "id_rsa*", "id_ed25519*", "id_ecdsa*", "*.key")
+"""Patterns of further names that are left out: what opens something."""
 
 CODE = (".py", ".sh", ".yaml", ".yml", ".toml")
 """Endings of files that a job is likely to need."""
@@ -35,10 +51,10 @@ def files_to_send(folder: Path) -> list[Path]:
     """The files of `folder` that a job gets, relative to it, sorted.
 
     In a git checkout: what git tracks or would track (its ignore files are honoured). Elsewhere: every file. Names in
-    `NEVER_SENT` are left out in both. Links to folders are not followed.
+    `NEVER_SENT` and of `SECRET` are left out in both. Links to folders are not followed.
 
     Raises:
-        ConfigError: `folder` is no folder.
+        ConfigError: `folder` is no folder, or a checkout of which git says nothing.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -46,8 +62,9 @@ def files_to_send(folder: Path) -> list[Path]:
         )
     found = _git_files(folder)
     names = _all_files(folder) if found is None else found
-    kept = (name for name in names if NEVER_SENT.isdisjoint(name.parts))
-    return sorted(name for name in kept if (folder / name).is_file())
+    kept = {name for name in names if NEVER_SENT.isdisjoint(name.parts)}  # git tells thrice of one in conflict
+    secret = {name for name in kept if any(fnmatch(name.name, pattern) for pattern in SECRET)}
+    return sorted(name for name in kept - secret if (folder / name).is_file())
 
 
 def measure(folder: Path, files: list[Path], limit: int = LIMIT) -> int:
@@ -123,8 +140,17 @@ def write_archive(folder: Path, files: list[Path], archive: Path, wheel: Path | 
 
 
 def _git_files(folder: Path) -> list[Path] | None:
-    """What git tracks or would track below `folder`; None where it is no checkout or there is no git."""
+    """What git tracks or would track below `folder`; None where it is no checkout.
+
+    Raises:
+        ConfigError: it is one, but git is not there, refuses, or takes too long: what shall stay here is not known.
+    """
     names = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if names is None and any((above / ".git").exists() for above in (folder.resolve(), *folder.resolve().parents)):
+        raise ConfigError(
+            f"working dir {folder} is in a git checkout, and git does not say which of its files are ignored: "
+            f"{_refusal(folder)}; mend that, or name a folder outside with --working-dir"
+        )
     return None if names is None else [Path(os.fsdecode(name)) for name in names.split(b"\0") if name]
 
 
@@ -135,6 +161,18 @@ def _git(folder: Path, *words: str) -> bytes | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def _refusal(folder: Path) -> str:
+    """Why git does not say what it tracks."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), "status"], capture_output=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return "git is not installed"
+    except (OSError, subprocess.TimeoutExpired):
+        return "it does not answer"
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return said[0].removeprefix("fatal: ") if said else f"exit code {done.returncode}"
 
 
 def _all_files(folder: Path) -> Iterator[Path]:

@@ -191,8 +191,22 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     has = ray.cluster_resources()
     places.check_cpus(recipe, int(has.get("CPU", 0)), "the Ray cluster")
     places.check_gpus(recipe, has.get("GPU", 0.0), "the Ray cluster")
-    most = recipe.launch.workers
-    recipe = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder))
+    if recipe.launch.min_workers is not None:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    while True:
+        fitting = places.as_many_as_fit(recipe, say, partial(stopping.requested, folder))
+        seen = _fit(fitting, folder, most=recipe.launch.workers)
+        if seen is not None:
+            return seen
+        say(f"others took the room for {fitting.launch.workers} workers before they could start; looking again")
+
+
+def _fit(recipe: Recipe, folder: Path, most: int) -> str | None:
+    """As `run_ray`, of ranks whose number is settled; None where places that may be fewer were not to be had.
+
+    Args:
+        most: workers that are wanted.
+    """
     told = _told_by_ranks(folder)
     growth = places.Growth(recipe.launch, most, begun=lambda: _told_by_ranks(folder) > told)
     shortage = places.Shortage(recipe, say)
@@ -212,7 +226,8 @@ def run_ray(recipe: Recipe, folder: Path) -> str:
     except (StoppedError, TransientError):  # of `look`: the command ends, and what waits in Ray with it
         raise
     except Exception as error:  # Ray wraps what a worker raised; the worker has written it down
-        return _seen_by_ray(error)
+        no_room = type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError"
+        return None if no_room else _seen_by_ray(error)
     return ""
 
 
@@ -255,7 +270,7 @@ def beside(call: Callable[[], object], look: Callable[[], None]) -> None:
 def ray_trainer(
     recipe: Recipe, folder: Path, *, name: str, callbacks: Any = (), report: bool = False, until: int | None = None
 ) -> Any:
-    """A TorchTrainer whose workers run `worker.run_rank`.
+    """A TorchTrainer whose workers run `worker.run_rank`. It waits for places; where there may be fewer, not for ever.
 
     Args:
         report: every rank reports each epoch's numbers to Ray, for a sweep that prunes.
@@ -284,7 +299,12 @@ def ray_trainer(
         run_config=RunConfig(
             name=name,
             storage_path=str(folder / "ray"),
-            failure_config=FailureConfig(max_failures=0),  # `run` decides: what cannot succeed is not tried again
+            # `run` decides: what cannot succeed is not tried again
+            failure_config=FailureConfig(
+                max_failures=0,
+                max_preemption_failures=0,
+                controller_failure_limit=-1 if launch.min_workers is None or report else 0,
+            ),
             callbacks=list(callbacks) or None,
         ),
     )

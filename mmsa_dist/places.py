@@ -10,6 +10,7 @@ from mmsa_dist.errors import ConfigError, StoppedError, TransientError
 from mmsa_dist.own_cluster import name_own_cluster
 from mmsa_dist.recipe import Recipe
 from shards import ray_cluster
+from shards.suggest import counted
 
 RANK_ENVIRONMENT = {
     # two ranks on two cores must not spin at barriers: one epoch was seen to take 1 to 42 s so
@@ -146,12 +147,14 @@ def wait_for_nodes(recipe: Recipe, say: Callable[[str], None], asked: Callable[[
 
 
 class Shortage:
-    """Says once that the cluster has become too small while Ray Train looks for places: of a node that is killed it
-    hears before the cluster's own list does, and then waits for another for ever, without a word."""
+    """Says once why there are no ranks yet, while Ray Train looks for places for them without a word: others hold them,
+    or the cluster has become too small. Of a node that is killed Ray Train hears before the cluster's own list does,
+    and then waits for another for ever."""
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         self._recipe, self._say = recipe, say
-        self._looked, self._since, self._told = time.monotonic(), float("inf"), False
+        self._began = self._looked = time.monotonic()
+        self._since, self._told, self._said = float("inf"), False, False
 
     def __call__(self) -> None:
         """One look, at most every few seconds.
@@ -164,6 +167,9 @@ class Shortage:
             return
         what, before = lacking(self._recipe), self._since
         self._looked, self._since = now, min(before, now) if what else float("inf")
+        if not what and not self._said and now - self._began >= SETTLE and (busy := queued(self._recipe.launch)):
+            self._say(f"waiting for {busy}")
+            self._said = True
         if not what or before > now:
             return
         if now - before >= self._recipe.launch.timeout:
@@ -171,6 +177,20 @@ class Shortage:
         if not self._told:
             self._say(f"waiting for a node: {what}")
             self._told = True
+
+
+def queued(launch: LaunchConfig) -> str | None:
+    """What is waited for where the cluster is large enough but others use it; None where nobody waits for places."""
+    import ray
+    from ray.util import placement_group_table
+
+    if all(group["state"] != "PENDING" for group in placement_group_table().values()):
+        return None
+    free, has = ray.available_resources(), ray.cluster_resources()
+    kinds = {"CPU": launch.cpus_per_worker, **({"GPU": launch.gpus_per_worker} if launch.gpus_per_worker else {})}
+    each = " and ".join(f"{amount:g} {kind}" for kind, amount in kinds.items())
+    left = ", ".join(f"{free.get(kind, 0):g} of {has.get(kind, 0):g} {kind}s are free" for kind in kinds)
+    return f"room for {counted(launch.workers, 'worker')} of {each}: others use the cluster, {left}"
 
 
 def nobody_came(what: str, waited: float) -> TransientError:

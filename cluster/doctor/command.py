@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -94,13 +95,24 @@ def _check(options: Doctor) -> None:
             "--tracking-uri holds a user or a password, which everybody sees in a list of processes; give it in the "
             "environment as MLFLOW_TRACKING_URI, or as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    for name in ("storage", "data"):
+        if _secret(getattr(options, name) or ""):
+            raise ConfigError(
+                f"--{name} holds a user, a password or a signature, which everybody sees in a list of processes; give "
+                "it to the nodes in their environment, or in a file (AWS_SHARED_CREDENTIALS_FILE, …)"
+            )
+    if options.storage and (bad := re.match(r"\w+:/(?!/)", options.storage)):
+        raise ConfigError(f"--storage {options.storage}: neither a folder nor an address; {bad[0]}/… is one")
     if options.storage and re.match("https?://", options.storage):
         raise ConfigError(f"--storage {options.storage}: cannot be written to; give a folder, s3://… or gs://…")
 
 
 def _secret(uri: str) -> bool:
     """Whether an address has somebody's password in it. Of a file's path `@` means nothing."""
-    return not uri.startswith("sqlite") and ("@" in uri or re.search(r"(?i)password|token|secret", uri) is not None)
+    if uri.startswith("sqlite") or "://" not in uri:
+        return False
+    parts = urlsplit(uri)
+    return "@" in parts.netloc or re.search(r"(?i)password|passwd|pwd|token|secret|sig", parts.query) is not None
 
 
 class Visit:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from cluster import job
 from cluster.description import Description
 from cluster.errors import ConfigError
-from cluster.manifests.text import block, comment, needed, quoted
+from cluster.manifests.text import block, comment, needed, plain, quoted
 
 USER = 1000
 """The user of the images of cluster/Dockerfile."""
@@ -177,7 +177,7 @@ def _spec(d: Description, indent: int) -> list[str]:
           @head
         workerGroupSpecs:
           - groupName: workers
-            replicas: {w.most}{f"  # a job begins as soon as there are {w.least}" if grows else ""}
+            replicas: {w.most}{f"  # a job begins with {w.least} of them" if grows else ""}
             minReplicas: {w.least}
             maxReplicas: {w.most}
             rayStartParams: {{}}  # CPUs, GPUs and memory are the container's
@@ -193,8 +193,9 @@ def _pod(d: Description, *, head: bool) -> str:
     cpus, memory = (d.head.cpus, d.head.memory_gib) if head else (w.cpus, w.memory_gib)
     gpus = f", nvidia.com/gpu: {quoted(str(w.gpus))}" if w.gpus and not head else ""
     sizes = f"{{cpu: {quoted(str(cpus))}, memory: {memory}Gi{gpus}}}"
-    own = head and w.least < w.most  # then the operator makes one, which may ask for pods
-    account = f"serviceAccountName: {quoted(k.service_account)}  # opens the bucket" if k.service_account else ""
+    named = k.head_service_account or k.service_account if head else k.service_account
+    asks = "; KubeRay lets it ask for pods" if head and w.least < w.most else ""
+    account = f"serviceAccountName: {quoted(named)}  # opens the bucket{asks}" if named else ""
     secret = k.credentials_secret
     opens = OPENS[next(iter(job.reads_bucket(d)))] if secret else ""
     ports = """
@@ -252,7 +253,7 @@ def _pod(d: Description, *, head: bool) -> str:
     """
     return block(
         text,
-        account="" if own else account,
+        account=account,
         placed=_placed(d, head=head),
         ports=ports if head else "",
         mlflow=f"- {{name: MLFLOW_TRACKING_URI, value: {quoted(d.mlflow)}}}" if d.mlflow else "",
@@ -276,11 +277,11 @@ def _placed(d: Description, *, head: bool) -> str:
               nodeAffinity:
                 requiredDuringSchedulingIgnoredDuringExecution:
                   nodeSelectorTerms:  # on no node that may be taken away
-                    - matchExpressions: [{{key: {key}, operator: NotIn, values: [{quoted(value)}]}}]
+                    - matchExpressions: [{{key: {quoted(key)}, operator: NotIn, values: [{quoted(value)}]}}]
         """
-    labels = [f"{key}: {quoted(value)}"] if w.spot else []
-    labels += [f"{k.gpu_label}: {quoted(w.gpu)}"] if w.gpu else []
-    borne = [f"- {{key: {key}, operator: Equal, value: {quoted(value)}, effect: NoSchedule}}"] if w.spot else []
+    labels = [f"{plain(key)}: {quoted(value)}"] if w.spot else []
+    labels += [f"{plain(k.gpu_label)}: {quoted(w.gpu)}"] if w.gpu else []
+    borne = [f"- {{key: {quoted(key)}, operator: Equal, value: {quoted(value)}, effect: NoSchedule}}"] if w.spot else []
     borne += ["- {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"] if w.gpus else []
     lines = ["nodeSelector:", *(f"  {label}" for label in labels)] if labels else []
     lines += ["tolerations:", *(f"  {each}" for each in borne)] if borne else []

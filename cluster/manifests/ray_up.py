@@ -9,7 +9,7 @@ from typing import Protocol
 from cluster import job
 from cluster.description import Description
 from cluster.errors import ConfigError
-from cluster.manifests.text import block, comment, needed, quoted
+from cluster.manifests.text import block, comment, needed, plain, quoted
 
 TOKEN = "~/.ray/auth_token"
 """Where every node has the token: Ray looks there by itself too."""
@@ -30,7 +30,7 @@ def aws(description: Description) -> str:
     zones = ",".join(d.cloud.zones)
     provider = f"""
         type: aws
-        region: {region}
+        region: {plain(region)}
         @zones
         cache_stopped_nodes: false  # what is given back is gone, and costs nothing
         # Workers without public addresses: subnets with a NAT gateway, and
@@ -42,7 +42,7 @@ def aws(description: Description) -> str:
         spot = d.workers.spot and not head
         profile = d.cloud.identity if not head else None  # the head's is Ray's own, which may rent the others
         text = f"""
-            InstanceType: {machine}
+            InstanceType: {plain(machine)}
             @image
             BlockDeviceMappings:
               - DeviceName: /dev/sda1
@@ -53,9 +53,9 @@ def aws(description: Description) -> str:
         """
         return block(
             text,
-            image=f"ImageId: {d.cloud.machine_image}" if d.cloud.machine_image else "",
+            image=f"ImageId: {plain(d.cloud.machine_image)}" if d.cloud.machine_image else "",
             spot="InstanceMarketOptions: {MarketType: spot}  # taken away two minutes after a notice" if spot else "",
-            profile=f"IamInstanceProfile: {{Name: {profile}}}  # opens the bucket" if profile else "",
+            profile=f"IamInstanceProfile: {{Name: {quoted(profile)}}}  # opens the bucket" if profile else "",
         )
 
     return _file(d, "aws", block(provider, zones=in_order), node, EFS, "boto3")
@@ -84,9 +84,9 @@ def gcp(description: Description) -> str:
     image = image or "projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
     provider = f"""
         type: gcp
-        region: {region}
-        availability_zone: {d.cloud.zones[0]}
-        project_id: {project}
+        region: {plain(region)}
+        availability_zone: {plain(d.cloud.zones[0])}
+        project_id: {plain(project)}
     """
 
     def node(machine: str, *, head: bool) -> str:
@@ -105,24 +105,24 @@ def gcp(description: Description) -> str:
         )
         account = d.cloud.identity if not head else None  # the head's is Ray's own, which may rent the others
         text = f"""
-            machineType: {machine}
+            machineType: {plain(machine)}
             disks:
               - boot: true
                 autoDelete: true
                 type: PERSISTENT
                 initializeParams:
                   diskSizeGb: {d.cloud.disk_gib}
-                  sourceImage: {image}
+                  sourceImage: {plain(image)}
             scheduling: {schedule}
             @gpus
             @account
         """
         opens = f"""
             serviceAccounts:  # opens the bucket
-              - email: {account}
+              - email: {plain(account or "")}
                 scopes: [https://www.googleapis.com/auth/cloud-platform]
         """
-        added = f"guestAccelerators: [{{acceleratorType: {kind}, acceleratorCount: {gpus}}}]" if gpus else ""
+        added = f"guestAccelerators: [{{acceleratorType: {quoted(kind)}, acceleratorCount: {gpus}}}]" if gpus else ""
         return block(text, gpus=added, account=opens if account else "")
 
     return _file(d, "gcp", provider, node, FILESTORE, "google-api-python-client")
@@ -139,11 +139,13 @@ def _check(d: Description) -> None:
             f"storage: {d.storage} is a place on one machine, which is gone with it; give s3://BUCKET/FOLDER or "
             "gs://BUCKET/FOLDER"
         )
-    needed(
-        d.shared.nfs, "shared.nfs", "run folders must be on a disk that all nodes see (EFS or Filestore, HOST:/PATH)"
-    )
-    needed(d.head.machine, "head.machine", "the machine type of the head")
-    needed(d.workers.machine, "workers.machine", "the machine type of the workers")
+    asked = {
+        "shared.nfs": (d.shared.nfs, "run folders must be on a disk that all nodes see (EFS or Filestore, HOST:/PATH)"),
+        "head.machine": (d.head.machine, "the machine type of the head"),
+        "workers.machine": (d.workers.machine, "the machine type of the workers"),
+    }
+    if missing := [f"{key} is missing: {why}" for key, (value, why) in asked.items() if value is None]:
+        raise ConfigError("; ".join(missing))
 
 
 class _Node(Protocol):
@@ -156,7 +158,7 @@ def _file(d: Description, cloud: str, provider: str, node: _Node, mount: str, li
     gpus = f", GPU: {w.gpus}" if w.gpus else ""
     parts = [
         _about(d, cloud),
-        f"cluster_name: {d.name}",
+        f"cluster_name: {plain(d.name)}",
         f"max_workers: {w.most}",
         f"idle_timeout_minutes: {w.idle_minutes:g}  # of a node beyond min_workers that has nothing to do",
         "upscaling_speed: 100  # all nodes that are asked for, at once",
@@ -165,7 +167,7 @@ def _file(d: Description, cloud: str, provider: str, node: _Node, mount: str, li
         block(provider, 2),
         "",
         "auth:",
-        f"  ssh_user: {d.cloud.ssh_user}  # Ray makes a key pair of its own",
+        f"  ssh_user: {plain(d.cloud.ssh_user)}  # Ray makes a key pair of its own",
         "",
         *(_docker(d) if d.image else []),
         "head_node_type: head",

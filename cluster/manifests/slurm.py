@@ -46,7 +46,7 @@ def _header(d: Description) -> str:
         f"#SBATCH --signal=B:TERM@{NOTICE}",
         "# also after a preemption, or when a node fails",
         "#SBATCH --requeue",
-        *(["# unless others are left to go on", "#SBATCH --no-kill"] if elastic else []),
+        *(["# a node that fails ends only its own ranks: the others go on", "#SBATCH --no-kill"] if elastic else []),
     ]
     return "\n".join(["#!/bin/bash", *_about(d), *lines])
 
@@ -76,14 +76,19 @@ def _setup(d: Description) -> str:
     return "\n".join(d.slurm.setup) or ": # slurm.setup: module load …, or source …/bin/activate"
 
 
+def _home(path: str) -> str:
+    """A path as a word of the shell, in which ``~/`` is still the home of whoever runs it."""
+    return f'"$HOME"/{shlex.quote(path[2:])}' if path.startswith("~/") else shlex.quote(path)
+
+
 def _body(d: Description) -> str:
     gpus = f" --num-gpus={d.workers.gpus}" if d.workers.gpus else ""
     interval = f"# {why}\n" if (why := job.why_so_often(d)) else ""
     mlflow = f"export MLFLOW_TRACKING_URI={shlex.join([d.mlflow])}\n" if d.mlflow else ""
     words = job.words(d, nodes="@nodes@")
-    command = job.folded(words, 4, end=" \\").replace("@nodes@", f'"{d.workers.least}:$count"')
+    command = job.folded(words, 4, end=" \\").replace("@nodes@", f'"{d.workers.least}:$count"', 1)
     return _BODY.format(
-        python=shlex.join([d.slurm.python]),
+        python=_home(d.slurm.python),
         runs=shlex.join([d.runs]),
         cpus=d.workers.cpus,
         gpus=gpus,
@@ -101,8 +106,9 @@ def _body(d: Description) -> str:
 
 _BODY = r"""
 set -uo pipefail # only now: what others wrote may read variables that are not set
-python=$(command -v {python})
+python=$(command -v {python}) || {{ echo "error: no" {python} "here: see slurm.python and slurm.setup" >&2; exit 2; }}
 ray=$(dirname "$python")/ray
+[[ -x $ray ]] || {{ echo "error: $python has no Ray beside it ($ray)" >&2; exit 2; }}
 runs={runs}
 
 # --- who and where ----------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ if [[ -n $stopped && $code == 143 ]] && ((left < {late})); then
         echo "the time is up: queued again, to go on from the last checkpoint"
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "the time is up, for the $((SLURM_RESTART_COUNT + 1)). time; sbatch goes on from the last checkpoint" >&2
+        echo "the time is up, after $((SLURM_RESTART_COUNT + 1)) attempts; sbatch goes on from the last checkpoint" >&2
     fi
 fi
 exit "$code"

@@ -1,7 +1,10 @@
 """Pieces of text that manifests are made of."""
 
 import json
+import re
 import textwrap
+
+import yaml
 
 from cluster.errors import ConfigError
 
@@ -9,6 +12,13 @@ from cluster.errors import ConfigError
 def quoted(value: str) -> str:
     """A string as YAML, in double quotes: never read as a number, a time or a truth."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def plain(value: str) -> str:
+    """A string as a person writes it in YAML: bare where that is read as the same string, else in quotes."""
+    if re.fullmatch(r"[\w./@:+-]+", value, re.ASCII) and yaml.safe_load(f"key: {value}") == {"key": value}:
+        return value
+    return quoted(value)
 
 
 def block(text: str, indent: int = 0, **pieces: str) -> str:

@@ -143,12 +143,14 @@ def test_credentials_are_a_volume_and_never_a_value() -> None:
     assert "GOOGLE_APPLICATION_CREDENTIALS" in str(groups(manifests(google)[0]))
 
 
-def test_the_operators_own_account_asks_for_pods_where_it_scales() -> None:
-    for manifest in manifests(FULL):
-        head, worker = groups(manifest)
-        assert "serviceAccountName" not in head and worker["serviceAccountName"] == "msa"
-    for manifest in manifests(SAME):
+def test_the_head_reads_the_bucket_too() -> None:
+    """It runs the drivers of jobs, which open the data; and where nodes come and go, KubeRay's right to ask for pods is
+    given to the account that it is named."""
+    for manifest in (*manifests(FULL), *manifests(SAME)):
         assert [pod["serviceAccountName"] for pod in groups(manifest)] == ["msa", "msa"]
+    apart = changed(FULL, kubernetes={"head_service_account": "msa-head"})
+    for manifest in manifests(apart):
+        assert [pod["serviceAccountName"] for pod in groups(manifest)] == ["msa-head", "msa"]
 
 
 def test_a_job_runs_the_command_and_goes_on_after_a_retry() -> None:

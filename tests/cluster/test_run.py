@@ -18,10 +18,20 @@ TRAIN = ["train", "ufen_mtfn", "--data", "d", "--recipe", "mosi", "--workers", "
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def begun(runs: Path, name: str, age: float, *, result: bool = False, model: str | None = None) -> Path:
+def begun(
+    runs: Path,
+    name: str,
+    age: float,
+    *,
+    result: bool = False,
+    model: str | None = None,
+    command: list[str] | None = None,
+) -> Path:
     run = runs / name
     run.mkdir(parents=True)
     (run / "recipe.yaml").touch()
+    told = ["/venv/mmsa_dist/__main__.py", *(command or [*TRAIN, "--runs-dir", str(runs)])]
+    (run / "environment.json").write_text(json.dumps({"command": told}))
     os.utime(run / "recipe.yaml", (time.time() - age, time.time() - age))
     if result:
         (run / "result.json").write_text("{}")
@@ -42,6 +52,24 @@ def test_the_next_goes_on_with_the_newest_run_by_its_own_recipe(spelt: str, tmp_
     folder = ["--runs-dir", str(tmp_path)] if spelt == "two words" else [f"--runs-dir={tmp_path}"]
     words = continued([*TRAIN, *folder])
     assert words == ["train", "ufen_mtfn", "--data", "d", "--workers", "1:4", *folder, "--resume", str(new)]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_of_another_command_is_left_alone(done: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a shared disk others train too: their newest run is neither this command's result nor to be gone on with."""
+    for number, other in enumerate((["train", "mult", "--data", "d"], [*TRAIN, "--seed", "2"], ["reproduce", "iam"])):
+        begun(tmp_path, f"other-{number}", number, result=done, model="models:/m/1", command=other)
+    (begun(tmp_path, "silent", 0) / "environment.json").unlink()
+    command = [*TRAIN, "--runs-dir", str(tmp_path)]
+    assert continued(command) == command
+    assert "is of this command: a new one begins" in capsys.readouterr().out
+
+
+def test_what_changes_no_result_may_differ(tmp_path: Path) -> None:
+    began = ["train", "ufen_mtfn", "--data=d", "--recipe", "mosi", "--workers", "2", "--checkpoint.every-seconds", "60"]
+    run = begun(tmp_path, "mine", 5, command=[*began, "--launch.timeout=9", "--tracking.no-enabled"])
+    words = continued([*TRAIN, "--runs-dir", str(tmp_path), "--zero", "3"])
+    assert words is not None and words[-2:] == ["--resume", str(run)]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,10 +156,16 @@ def test_the_jobs_files_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nodes_are_counted_by_what_they_have() -> None:
     room = Room(Run(nodes="1:4", cpus=8, gpus=2), 1, 4)
-    assert room._there({}) == 0
-    assert room._there({"CPU": 33.0, "GPU": 8.0}) == 4
-    assert room._there({"CPU": 64.0, "GPU": 5.0}) == 2
-    assert Room(Run(cpus=8), 1, 1)._there({"CPU": 15.0}) == 1
+
+    def there(room: Room, *nodes: dict[str, float]) -> int:
+        return room._there([{"Alive": True, "Resources": node} for node in nodes])
+
+    assert there(room) == there(room, {}) == 0
+    assert there(room, {"CPU": 33.0, "GPU": 8.0}) == 4
+    assert there(room, {"CPU": 64.0, "GPU": 5.0}) == 2
+    assert there(Room(Run(cpus=8), 1, 1), {"CPU": 15.0}) == 1
+    assert there(Room(Run(cpus=6), 1, 1), {"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 4.0}) == 0, "none of them has six"
+    assert room._there([{"Alive": False, "Resources": {"CPU": 8.0, "GPU": 2.0}}]) == 0
 
 
 CLUSTER = """

@@ -197,5 +197,6 @@ def test_a_run_whose_time_is_up_is_queued_again_and_goes_on(tmp_path: Path) -> N
     assert not (run / "result.json").exists()
     assert ended(batch.start(restarts=1)) == 0, batch.output
     assert f"going on with {run}" in batch.output and (run / "result.json").exists()
+    assert "could not be told" not in batch.output, "nodes are given back where there is an autoscaler"
     assert [path.parent for path in runs.glob("*/recipe.yaml")] == [run], "no second run"
     assert batch.left() == []

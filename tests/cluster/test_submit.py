@@ -207,11 +207,16 @@ def test_a_head_that_accepts_and_never_answers_is_given_up() -> None:
 
 
 @contextmanager
-def _starting_head(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]:
-    """What a head answers before it can run jobs: `answers` to one submission after the other. Gives the ids it saw."""
+def _starting_head(*answers: tuple[int, str], earlier: str = "") -> Iterator[tuple[str, list[str]]]:
+    """What a head answers before it can run jobs: `answers` to one submission after the other. Gives the ids it saw.
+
+    Args:
+        earlier: what the job of that id runs that the head has already.
+    """
     import ray
 
     asked: list[str] = []
+    jobs: dict[str, str] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status: int, body: str) -> None:
@@ -222,13 +227,19 @@ def _starting_head(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]
 
         def do_GET(self) -> None:
             version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""}
-            self.answer(200, json.dumps(version) if self.path == "/api/version" else "")  # and has every package
+            told = {
+                "/api/version": version,
+                **{f"/api/jobs/{job}": DETAILS | {"entrypoint": jobs[job]} for job in jobs},
+            }
+            self.answer(200, json.dumps(told[self.path]) if self.path in told else "")  # and has every package
 
         def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"])
-            status, body = answers[len(asked) - 1]
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["submission_id"])
+            jobs.setdefault(asked[-1], earlier or body["entrypoint"])
+            status, said = answers[len(asked) - 1]
             self.answer(
-                status, json.dumps({"submission_id": asked[-1], "job_id": asked[-1]}) if status == 200 else body
+                status, json.dumps({"submission_id": asked[-1], "job_id": asked[-1]}) if status == 200 else said
             )
 
         def log_message(self, *_: object) -> None: ...
@@ -243,6 +254,7 @@ def _starting_head(*answers: tuple[int, str]) -> Iterator[tuple[str, list[str]]]
             thread.join()
 
 
+DETAILS = {"type": "SUBMISSION", "status": "RUNNING", "entrypoint": ""}
 NO_AGENT = (500, "No available agent to submit job, please try again later.")
 
 
@@ -259,6 +271,15 @@ def test_a_head_that_is_still_starting_is_asked_again(
     assert error == "the head is still starting; asking again until it takes the job\n"
 
 
+def test_a_job_that_somebody_else_sent_in_between_is_not_taken_for_ours(tmp_path: Path) -> None:
+    there = (400, "job already exists")
+    with (
+        _starting_head(NO_AGENT, there, earlier="python -m theirs") as (address, _),
+        pytest.raises(ConfigError, match="exists on this cluster already"),
+    ):
+        main(["--address", address, "--name", "mosi", "--working-dir", str(tmp_path), "--", "--version"])
+
+
 def test_a_head_that_never_takes_a_job_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.submit.START_SECONDS", 1.0)
     with _starting_head(*[NO_AGENT] * 5) as (address, asked), pytest.raises(TransientError, match="No available agent"):
@@ -267,7 +288,8 @@ def test_a_head_that_never_takes_a_job_is_given_up(tmp_path: Path, monkeypatch: 
 
 
 def test_the_front_door_prints_the_sentence_and_returns_the_code() -> None:
-    command = [sys.executable, "-m", "mmsa_dist", "submit", "--address", "http://127.0.0.1:1", "--", "train"]
+    command = [sys.executable, "-m", "mmsa_dist", "submit", "--address", "http://127.0.0.1:1"]
+    command += ["--", "train", "--runs-dir", "/data/runs"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 75
     assert done.stderr.startswith("error: no Ray head answers at http://127.0.0.1:1")

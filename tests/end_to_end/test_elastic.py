@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import load_recipe
 from mmsa_dist.run_folder import read_events
 from tests.end_to_end.started import Run
+from tests.mmsa_dist.conftest import wait_for
 from tests.ray_nodes import Cluster
 
 
@@ -120,6 +123,74 @@ def test_a_raylet_that_stands_still_is_a_node_that_is_gone(
     for event in read_events(alone.folder):
         if event["event"] == "epoch":
             assert losses[event["epoch"]] == event["train_loss"], event["epoch"]
+
+
+HOLD = """
+import ray, sys, time
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+class Holder:
+    def held(self): return True
+
+holder = Holder.remote()
+print("held", ray.get(holder.held.remote()), flush=True)
+time.sleep(3600)
+"""
+
+DECEIVED = """
+import sys
+from mmsa_dist import __main__, places
+
+counted, lies = places.room, [2]
+places.room = lambda launch: lies.pop() if lies else counted(launch)
+sys.exit(__main__.main())
+"""
+"""Trains where others take the second place between the counting and the asking."""
+
+
+@pytest.fixture
+def held(cluster: Cluster) -> Iterator[None]:
+    """Somebody else has one CPU of the cluster's two."""
+    cluster.join()
+    cluster.wait(2)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, cluster.address], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout and holder.stdout.readline() == "held True\n"
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.ray
+def test_room_that_others_take_in_between_is_not_waited_for(
+    words: list[str], cluster: Cluster, held: None, tmp_path: Path
+) -> None:
+    name = ["--runs-dir", str(tmp_path), "--name", "elastic"]
+    command = ["train", *words, *name, "--workers", "1:2", "--address", cluster.address, "--epochs", "2"]
+    ended = subprocess.run([sys.executable, "-c", DECEIVED, *command], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert "others took the room for 2 workers before they could start; looking again" in ended.stderr
+    assert "1 of 2 workers" in ended.stderr and "Traceback" not in ended.stderr
+    assert [event["world"] for event in read_events(tmp_path / "elastic") if event["event"] == "start"] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.ray
+def test_who_waits_for_others_says_so(words: list[str], cluster: Cluster, held: None, tmp_path: Path) -> None:
+    run = Run(tmp_path / "queued", *words, "--workers", "2", "--address", cluster.address)
+    try:
+        waiting = "waiting for room for 2 workers of 1 CPU: others use the cluster, 1 of 2 CPUs are free"
+        wait_for(lambda: waiting in run.output or run.process.poll() is not None, 300)
+        assert waiting in run.output, run.output
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130, run.output
+    finally:
+        run.kill()
 
 
 def begun_by(run: Run, worlds: list[int], event: dict[str, Any]) -> bool:
