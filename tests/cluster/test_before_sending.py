@@ -24,6 +24,12 @@ TWO = Nodes(({"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}), fixed=True)
         (["--s3.secret-access-key", "/s3kret+x="], "--s3.secret-access-key holds a secret"),
         (["--tracking-uri", "mysql+pymysql://me:s3/kret@host/db"], "--tracking-uri holds a password"),
         (["--labels.options", "api_key", "s3kret"], "api_key holds a secret"),
+        (["--data", "https://host/x?sig=s3kret"], "--data holds a signed address"),
+        (["--data", "https://host/x?access_token=s3kret"], "--data holds a signed address"),
+        (["glpat-" + "s3kretS3KRET" * 2], "word 2 of the command holds an access token"),
+        (["https://s3krets3krets3krets3kret@host/x"], "word 2 of the command holds a password within an address"),
+        (["-----BEGIN RSA PRIVATE KEY-----s3kret"], "word 2 of the command holds a private key"),
+        (["--env=DB_PASSWORD=s3kret"], "--env holds a secret"),
     ],
 )
 def test_a_command_with_a_secret_is_refused_and_the_secret_not_shown(words: list[str], where: str) -> None:

@@ -82,6 +82,16 @@ def test_what_the_example_shows_as_defaults_are_the_defaults() -> None:
         ({"command": "train 'ufen"}, "command: train 'ufen: No closing quotation"),
         ({"command": ""}, "command: nothing to run"),
         ({"slurm": {"setup": ["a\nb"]}}, "slurm.setup.0: expected one line"),
+        ({"slurm": {"setup": ["a\u2028b"]}}, "slurm.setup.0: expected one line"),
+        ({"slurm": {"partition": "a b"}}, "slurm.partition: expected one word of letters, digits and .,:@+/-"),
+        ({"kubernetes": {"namespace": "a; rm"}}, "kubernetes.namespace: expected one word of letters"),
+        ({"shared": {"path": "/mnt/$HOME"}}, "shared.path: /mnt/$HOME is no absolute path of letters"),
+        ({"mlflow": "http://host:99999"}, "mlflow: http://host:99999 is no server; expected http://HOST:PORT"),
+        ({"mlflow": "http://host:5000/`id`"}, "is no server; expected http://HOST:PORT"),
+        ({"workers": {"most": 10**6}}, "workers.most: input should be less than or equal to 10000"),
+        ({"slurm": {"hours": math.inf}}, "slurm.hours: input should be"),
+        ({"checkpoint": {"mtbf_hours": math.nan}}, "checkpoint.mtbf_hours: input should be a finite number"),
+        ({"checkpoint": {"every_seconds": 1e-9}}, "checkpoint.every_seconds: input should be greater than or equal"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(parts: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -100,7 +110,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "cluster.yaml")
 
 
-@pytest.mark.parametrize("text", ["- a\n", "", "name: [a\n", "\x00"])
+@pytest.mark.parametrize("text", ["- a\n", "", "name: [a\n", "\x00", "name: 2026-99-99\n", "? {a: b}\n", "[" * 5000])
 def test_what_is_no_description_is_said(text: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"^[^\n]*cluster\.yaml[^\n]*$"):

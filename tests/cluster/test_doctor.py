@@ -189,6 +189,9 @@ def test_the_exit_code_is_that_of_what_matters_most(findings: list[Finding], cod
         (["--address", "ray://head:10001"], "mmsa-dist submit -- doctor"),
         (["--storage", "https://host/x"], "cannot be written to"),
         (["--tracking-uri", "http://bob:s3kret@host"], "MLFLOW_TRACKING_URI"),
+        (["--storage", "s3://bob:s3kret@bucket/x"], "--storage holds a user, a password or a signature"),
+        (["--data", "https://host/mosi?sig=s3kret"], "--data holds a user, a password or a signature"),
+        (["--storage", "s3:/bucket/x"], "--storage s3:/bucket/x: neither a folder nor an address; s3://… is one"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(words: list[str], sentence: str) -> None:

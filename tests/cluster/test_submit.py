@@ -296,6 +296,28 @@ def test_the_front_door_prints_the_sentence_and_returns_the_code() -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "a b", ".a", "mosi\n", "x" * 101, "ü", "mmsa-dist-read-1"])
+def test_a_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--name .*: a job's id is 1 to 100 letters"):
+        main(["--name", name, "--address", "http://127.0.0.1:1", "--", "--version"])
+
+
+@pytest.mark.parametrize("option", ["--address", "--python"])
+def test_a_variable_that_is_not_set_is_pointed_out(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is empty; leave it out"):
+        main([option, "", "--", "--version"])
+
+
+def test_what_cannot_be_read_cannot_be_sent(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.py")).touch()
+    with (
+        _starting_head((200, "")) as (address, asked),
+        pytest.raises(ConfigError, match=r"a file's name is no UTF-8: .*; rename it"),
+    ):
+        main(["--address", address, "--working-dir", str(tmp_path), "--", "--version"])
+    assert not asked
+
+
 def test_no_command_is_refused() -> None:
     for argv in ([], ["--address", "http://127.0.0.1:1"], ["--"]):
         with pytest.raises(ConfigError, match='put the command after "--"'):

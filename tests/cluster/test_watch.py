@@ -105,6 +105,17 @@ def test_more_is_read_as_it_comes_and_half_a_line_is_not(folder: Folder) -> None
     assert watched.look().step == 8
 
 
+@pytest.mark.parametrize(
+    "line", ["[]", "null", "1", "{}", '{"event": "step"}', '{"event": "epoch", "epoch": "x"}', "{"]
+)
+def test_an_odd_line_is_passed_over(line: str, folder: Folder) -> None:
+    with (folder.path / "events" / "rank-0.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    folder.rank(0, "step", 90, epoch=3, step=1, of=10, loss=0.25, booked={})
+    seen = RunFolder(folder.path, 8).look()
+    assert (seen.epoch, seen.step) == (3, 1)
+
+
 def test_a_restart_is_counted_and_what_was_lost_does_not_count(folder: Folder) -> None:
     folder.driver("attempt_end", 91)
     (folder.path / "failures-1").mkdir()
@@ -379,6 +390,8 @@ def test_one_look_that_fails_is_made_again() -> None:
         (["--run", "nowhere"], "--run nowhere: is no run's folder"),
         (["--run", ".", "--prometheus", "http://x"], "--prometheus belongs to a job"),
         (["job", "--every", "0"], "--every: more than 0 seconds"),
+        (["job", "--every", "nan"], "--every: more than 0 seconds"),
+        (["job", "--every", "1e9"], "at most an hour"),
         (["--runs", "."], "unknown option --runs; did you mean --run"),
     ],
 )

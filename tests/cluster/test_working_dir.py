@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.submit import Submit, main, packed, unsent
+from cluster.submit import Submit, main, packed, removed, unsent
 from cluster.wheel import wheel_of
 from cluster.working_dir import bulk, files_to_send, measure, write_archive
 
@@ -41,6 +41,34 @@ def test_without_git_everything_but_caches_and_results_is_sent(tmp_path: Path) -
         (tmp_path / name).touch()
     (tmp_path / "broken").symlink_to("nowhere")
     assert [str(name) for name in files_to_send(tmp_path)] == ["code.py", "deep/z.py"]
+
+
+@pytest.mark.parametrize(
+    "name", [".env.local", ".ssh/id_rsa", "id_ed25519", "keys/server.pem", "tls.key", ".aws/credentials", ".netrc"]
+)
+def test_what_opens_something_stays_here(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert files_to_send(tmp_path) == []
+
+
+def test_a_file_in_conflict_is_sent_once(checkout: Path) -> None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    blob = git("hash-object", "-w", "new.py")
+    stages = "".join(f"100644 {blob} {stage}\tnew.py\n" for stage in (1, 2, 3))
+    subprocess.run(["git", "-C", str(checkout), "update-index", "--index-info"], input=stages, text=True, check=True)
+    assert git("ls-files").splitlines().count("new.py") == 3
+    assert files_to_send(checkout).count(Path("new.py")) == 1
+
+
+def test_a_checkout_of_which_git_says_nothing_is_refused(checkout: Path) -> None:
+    """Else what its ignore files keep here would be sent."""
+    (checkout / ".git" / "HEAD").write_text("damaged")
+    with pytest.raises(ConfigError, match="git does not say which of its files are ignored: not a git repository"):
+        files_to_send(checkout)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -117,6 +145,29 @@ def test_a_path_that_stays_here_is_pointed_out(checkout: Path) -> None:
     files = files_to_send(checkout)
     command = ["train", "self_mm", "--data", "data", "--recipe=a/code.py", "--runs=runs", "--text", "/somewhere"]
     assert [note.split(" exists here")[0] for note in unsent(checkout, files, command)] == ["data", "runs"]
+
+
+def test_a_word_that_is_no_path_is_none(checkout: Path) -> None:
+    assert not list(unsent(checkout, [], ["train", "x" * 5000, "a\0b"]))
+
+
+@pytest.mark.parametrize(
+    ("command", "note"),
+    [
+        ("train iam --data /d", "--runs-dir is not given, so that it is within the job's copy"),
+        ("cluster run --nodes 2 -- train iam --runs-dir runs", "--runs-dir runs is within the job's copy"),
+        ("predict /runs/a --out p.csv", "--out p.csv is within the job's copy"),
+        ("predict models:/iam/1 --out /data/p.csv", "models:/… is looked up where the job's node has MLFLOW_TRACKING_"),
+        ("train iam --runs-dir=/data/runs", None),
+        ("train iam --resume /data/runs/a", None),
+        ("predict models:/iam/1 --out s3://b/p.csv --tracking-uri http://h:5000", None),
+        ("verify s3://b/mosi", None),
+        ("train --help", None),
+    ],
+)
+def test_results_that_go_with_the_job_are_pointed_out(command: str, note: str | None) -> None:
+    notes = list(removed(command.split()))
+    assert len(notes) == (note is not None) and all(each.startswith(str(note)) for each in notes)
 
 
 # --- a wheel ----------------------------------------------------------------------------------------------------------

@@ -169,13 +169,25 @@ def held(cluster: Cluster) -> Iterator[None]:
 def test_room_that_others_take_in_between_is_not_waited_for(
     words: list[str], cluster: Cluster, held: None, tmp_path: Path
 ) -> None:
-    name = ["--runs-dir", str(tmp_path), "--name", "elastic"]
-    command = ["train", *words, *name, "--workers", "1:2", "--address", cluster.address, "--epochs", "2"]
+    runs = tmp_path / "runs"
+    command = [
+        "train",
+        *words,
+        "--runs-dir",
+        str(runs),
+        "--workers",
+        "1:2",
+        "--address",
+        cluster.address,
+        "--epochs",
+        "2",
+    ]
     ended = subprocess.run([sys.executable, "-c", DECEIVED, *command], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     assert "others took the room for 2 workers before they could start; looking again" in ended.stderr
     assert "1 of 2 workers" in ended.stderr and "Traceback" not in ended.stderr
-    assert [event["world"] for event in read_events(tmp_path / "elastic") if event["event"] == "start"] == [1]
+    (folder,) = runs.iterdir()
+    assert [event["world"] for event in read_events(folder) if event["event"] == "start"] == [1]
 
 
 @pytest.mark.slow
