@@ -178,10 +178,28 @@ def status(argv: list[str]) -> int:
         started, took = times(job)
         rows = [["job", str(job.submission_id)], ["state", state(job)], ["command", job.entrypoint]]
         rows += [["started", started], ["took", took]]
-        rows += [["says", " ".join(said.split()[:60])]] if (said := str(job.message or "").partition("\n")[0]) else []
+        rows += [["says", said]] if (said := _says(job)) else []
         rows += [["run", str(folder)]] if folder else []
         print("\n".join(results.columns(rows, right=False)))
     return 0
+
+
+def _unfinished(job: "JobDetails", command: list[str], folder: Any) -> str:
+    """Of a job that ended before its run did, and how that goes on."""
+    further = {
+        "train": f"`mmsa-dist submit -- train --resume {folder}` goes on from its last checkpoint",
+        "sweep": "the same command with --resume goes on with it",
+        "reproduce": "the same command goes on with it",
+    }.get(command[0])
+    said = f"job {job.submission_id} {state(job)} before its run had a result ({folder})"
+    return f"{said}; {further}" if further else said
+
+
+def _says(job: "JobDetails") -> str:
+    """Why a job ended, in a line: our own last sentence, which Ray's message has of one that failed; else its first."""
+    lines = str(job.message or "").splitlines() or [""]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join((errors or lines[:1])[-1].split()[:60])
 
 
 def logs(argv: list[str]) -> int:
@@ -236,7 +254,7 @@ def result(argv: list[str]) -> int:
     """
     options = parsed(Result, argv, "mmsa-dist jobs result")
     with connected(options.address) as (_, client):
-        command, folder = list[str](), None
+        command, folder, job = list[str](), None, None
         if options.runs_dir is None:
             job = find(client, options.id)
             command = results.command_of(job.entrypoint)
@@ -244,6 +262,8 @@ def result(argv: list[str]) -> int:
             folder = run_folder(client, job, search=True)
         elif (folder := results.folder_by_id(client, options.id, options.runs_dir)) is None:
             raise ConfigError(f"no run in {options.runs_dir} was begun by job {options.id}; is that its --runs-dir?")
+        if job is not None and job.status.value != "SUCCEEDED" and folder is None:
+            raise ConfigError(f"job {options.id} {state(job)} before it had a run: {_says(job)}")
         if folder is None:
             raise ConfigError(
                 f"job {options.id} names no run folder in its log, and none was found by its id; name the folder of "
@@ -255,6 +275,8 @@ def result(argv: list[str]) -> int:
                 break
         else:
             there = " or ".join(str(folder / name) for name in names)
+            if job is not None and job.status.value != "SUCCEEDED":
+                raise ConfigError(_unfinished(job, command, folder))
             raise ConfigError(
                 f"{there} is not there: the run did not end, or its folder was on a disk that the cluster's head does "
                 f"not see or has removed (a relative --runs-dir); `mmsa-dist jobs logs {options.id}` shows its table"

@@ -87,6 +87,37 @@ def test_the_status_of_a_job_names_its_run_folder(head: Head, trained: Path) -> 
 
 
 @pytest.mark.ray
+def test_a_run_predicts_in_a_job(head: Head, trained: Path) -> None:
+    (run,) = trained.iterdir()
+    out = trained.parent / "predictions.csv"
+    words = ["predict", str(run), "--data", str(trained.parent / "data"), "--out", str(out)]
+    code, log, error = head.result("--name", "predicts", "--working-dir", str(REPOSITORY), "--", *words)
+    assert code == 0, log + error
+    assert len(out.read_text().splitlines()) == 61
+
+
+@pytest.mark.ray
+def test_why_a_job_failed_is_its_own_sentence(head: Head, tmp_path: Path) -> None:
+    command = ["train", "ufen_mtfn", "--data", str(tmp_path / "none"), "--runs-dir", str(tmp_path / "runs")]
+    code, _, _ = head.result("--name", "refused", "--working-dir", str(REPOSITORY), "--", *command)
+    rows = dict(line.split(None, 1) for line in head.jobs("status", "refused")[1].splitlines())
+    assert code != 0 and rows["state"] == f"failed ({code})"
+    assert str(tmp_path / "none") in rows["says"] and "exit code" not in rows["says"]
+    code, _, error = head.jobs("result", "refused")
+    assert code == 2 and error.startswith(f"error: job refused {rows['state']} before it had a run: {rows['says']}")
+
+
+@pytest.mark.parametrize(
+    ("command", "further"),
+    [("train", "`mmsa-dist submit -- train --resume /runs/a`"), ("sweep", "with --resume"), ("predict", "(/runs/a)")],
+)
+def test_of_a_run_that_did_not_end_it_is_said_how_to_go_on(command: str, further: str) -> None:
+    job: Any = SimpleNamespace(submission_id="mosi-1", status=SimpleNamespace(value="STOPPED"))
+    sentence = jobs._unfinished(job, [command], Path("/runs/a"))
+    assert sentence.startswith("job mosi-1 stopped before its run had a result (/runs/a)") and further in sentence
+
+
+@pytest.mark.ray
 def test_logs_are_printed_and_followed_to_the_jobs_own_exit_code(head: Head, trained: Path) -> None:
     code, out, _ = head.jobs("logs", "failed")
     assert code == 0 and "first line\nlast line" in out

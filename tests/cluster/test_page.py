@@ -68,7 +68,7 @@ def test_what_is_marked_names_files_that_are_written(tmp_path: Path) -> None:
     assert named == {f"mosi.{TARGETS[name].file}" for name in ("kuberay-job", "ray-up-aws", "slurm")}
     programs = {words[0] for words in lines(marked=True)}
     assert programs == {
-        *("docker", "helm", "openssl", "kubectl", "ray", "export", "mmsa-dist", "sbatch", "tail", "scancel"),
+        *("docker", "helm", "openssl", "kubectl", "ray", "export", "mmsa-dist", "sbatch", "tail", "scancel", "chmod"),
         *("prometheus", "cp", "grafana"),
     }
     ray = Path(sys.executable).parent / "ray"
