@@ -134,10 +134,12 @@ class Log:
 
     Attributes:
         runs: names of the folders of runs and sweeps that it has begun, the newest last.
+        phase: what is under way before the first epoch, in its own words; '' from then on.
     """
 
     def __init__(self) -> None:
         self.runs: list[str] = []
+        self.phase = ""
         self.lines: deque[str] = deque(maxlen=KEPT)
         self._seen = Seen("")
         self._open = ""
@@ -156,7 +158,7 @@ class Log:
         seen = self._seen
         if begun := re.match(r"(?:run|sweep) (/\S.*)$", line):
             self.runs.append(begun[1].rstrip("/").rpartition("/")[2])
-            self._seen = Seen("", error=seen.error)
+            self._seen, self.phase = Seen("", error=seen.error), ""
         elif sums := re.search(r"-> ([\d,]+) steps?; at most ([\d,]+) epochs?", line):
             seen.steps, seen.epochs = (int(number.replace(",", "")) for number in sums.groups())
         elif step := re.match(r"epoch +(\d+)  step (\d+) of (\d+)  loss (\S+)", line):
@@ -170,6 +172,10 @@ class Log:
             seen.error, seen.restarts = again[1], int(again[2])
         elif line.startswith("error: "):
             seen.error = line.removeprefix("error: ")
+        elif re.match(r"starting ranks|waiting for |rank \d+ of \d+ is up", line):
+            self.phase = line.partition(" (pid")[0]
+        if seen.epoch is not None:
+            self.phase = ""
 
 
 class Followed(Log):
@@ -245,6 +251,7 @@ class Job:
         seen.kind, seen.state = STATES.get(details.status.value, RUNNING), _state(details)
         if ended:
             return seen
+        seen.state += f"; {self._log.phase}" if self._log.phase else ""
         seen.notes, samples = [], []
         try:
             samples = self._samples(seen.notes)
