@@ -235,8 +235,8 @@ def test_a_log_says_how_far_a_job_is() -> None:
 
 def test_before_the_first_epoch_a_log_says_what_is_under_way() -> None:
     log, phases = Log(), []
-    for line in ("run /runs/a", "starting ranks", "waiting for a node: 1 of 2", "rank 0 of 2 is up (pid 7)"):
-        log.take(f"{line}\n")
+    for said in ("run /runs/a", "starting ranks", "waiting for a node: 1 of 2", "rank 0 of 2 is up (pid 7)"):
+        log.take(f"{said}\n")
         phases.append(log.phase)
     assert phases == ["", "starting ranks", "waiting for a node: 1 of 2", "rank 0 of 2 is up"]
     log.take("epoch   1  train loss 0.5000  valid mae 1.0000  (best)  1 s\n")
