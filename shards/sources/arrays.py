@@ -23,7 +23,7 @@ from shards.files import sha256_of
 from shards.sources.columns import Columns, feature_names, feature_option
 from shards.sources.lengths import whole
 from shards.sources.pickles import describe
-from shards.sources.stamp import check_file
+from shards.sources.stamp import Stamp
 from shards.suggest import nearest, was
 from shards.utterance import MODALITIES
 
@@ -50,7 +50,7 @@ class Arrays:
     def __init__(self, path: Path, columns: Columns) -> None:
         self._path = path
         id_array = columns.id_array or "id"
-        check_file(path)
+        self.stamps = [Stamp.of(path, "an .npz of features")]  # before anything of it is read
         try:
             archive = loaded(lambda: np.load(path, allow_pickle=False))
             if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -68,8 +68,6 @@ class Arrays:
                         f"(it has {', '.join(sorted(set(self._names) - {id_array}))})"
                     )
                 self._sequences = {m: self._sequence(archive, m, wanted[m], len(ids)) for m in MODALITIES if wanted[m]}
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file; expected an .npz of features") from error
         except DAMAGE as error:
             raise DataError(f"{path}: cannot be read as an .npz without pickled objects: {error}") from error
         self.widths = {m: int(values.shape[-1]) for m, (values, _, _) in self._sequences.items()}

@@ -24,6 +24,7 @@ from shards.files import sha256_of
 from shards.sources.alignment import within, word_means
 from shards.sources.folds import read_folds
 from shards.sources.sequence import ComputationalSequence
+from shards.sources.stamp import Stamp
 from shards.suggest import counted
 from shards.utterance import MODALITIES, SPLITS, Utterance
 
@@ -85,6 +86,10 @@ class CsdSource:
         self.label_range = label_range or (-3.0, 3.0)
         self._align = align
         self._labels_path, self._folds_paths, self._label_column = labels, folds, label_column
+        self._stamps = [
+            Stamp.of(labels, "a computational sequence (.csd)"),
+            *(Stamp.of(path, "lists of video ids") for path in folds),
+        ]
         self._words = ComputationalSequence(words, "words") if words else None
         self._features = {m: ComputationalSequence(features[m]) for m in MODALITIES if m in features}
         self.widths = {modality: sequence.width for modality, sequence in self._features.items()}
@@ -108,6 +113,10 @@ class CsdSource:
                 told |= {f"{what}_file": sequence.path.name, f"{what}_sha256": sha256_of(sequence.path)}
         folds = {path.name: sha256_of(path) for path in self._folds_paths}
         return told | {"folds": folds, "align": self._align, "label_column": self._label_column}
+
+    def unchanged(self) -> None:
+        for stamp in (*self._stamps, *(sequence.stamp for sequence in self._every())):
+            stamp.check()
 
     def keys(self, split: str) -> Iterable[str]:
         return (segment.key for segment in self._segments[split])

@@ -22,6 +22,7 @@ from shards.sources.arrays import DAMAGE, loaded
 from shards.sources.columns import FileColumns, feature_names, feature_option
 from shards.sources.pickles import describe
 from shards.sources.rows import Rows
+from shards.sources.stamp import Stamp
 from shards.sources.table import CsvSource, Features
 from shards.suggest import counted, has
 
@@ -115,6 +116,8 @@ class Files:
                     f"{m}: {sum(alike.values()):,} utterances share their file with others, e.g. {next(iter(alike))}; "
                     "see --files"
                 )
+        files = {path for its in self._there.values() for path in its.values()}
+        self.stamps = [Stamp.of(folder / path) for path in sorted(files)]
         self.widths = {modality: self._width(modality) for modality in wanted}
         self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shards.errors import ConfigError, DataError
 from shards.sources.columns import CsvColumns
-from shards.sources.stamp import check_file
+from shards.sources.stamp import Stamp
 from shards.suggest import nearest
 from shards.utterance import SPLITS, TASKS
 
@@ -26,14 +26,12 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        check_file(path)
+        self.stamp = Stamp.of(path, "a csv with one row an utterance")  # before anything of it is read
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.reader(file, strict=True)
                 self._header = next(reader, [])
                 self._rows = [(reader.line_num, row) for row in reader if row]
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file; expected a csv with one row an utterance") from error
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: cannot be read as csv in UTF-8: {error}") from error
         for line, row in self._rows:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from shards.errors import DataError
-from shards.sources.stamp import check_file
+from shards.sources.stamp import Stamp
 
 if TYPE_CHECKING:
     import h5py
@@ -64,7 +64,7 @@ class ComputationalSequence:
         self._recent: OrderedDict[str, _Entry] = OrderedDict()
         self._kept = 0
         self.videos: dict[str, list[str]] = {}
-        check_file(path)
+        self.stamp = Stamp.of(path, "a computational sequence (.csd)")  # before anything of it is read
         try:
             with self._explained():
                 names = sorted(self._data(), key=entry_number)

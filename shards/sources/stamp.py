@@ -23,8 +23,11 @@ class Stamp:
     told: tuple[int, int, int, int, int]
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def of(cls, path: Path, expected: str = "a feature pickle") -> Self:
         """The file as it is now.
+
+        Args:
+            expected: what it is to be, for the sentence where it is missing.
 
         Raises:
             DataError: there is none; or it is a pipe or a device, on which a reader would wait for ever.
@@ -32,7 +35,7 @@ class Stamp:
         try:
             found = path.stat()
         except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file; expected a feature pickle") from error
+            raise DataError(f"{path}: no such file; expected {expected}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         _check_kind(path, found)

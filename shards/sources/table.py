@@ -12,6 +12,7 @@ from shards.files import sha256_of
 from shards.sources.arrays import Arrays
 from shards.sources.columns import Columns, CsvColumns
 from shards.sources.rows import Rows
+from shards.sources.stamp import Stamp
 from shards.utterance import SPLITS, Utterance
 
 NAMELESS = ("label", "labels", "utterances")
@@ -23,10 +24,12 @@ class Features(Protocol):
 
     Attributes:
         widths: modality -> D.
+        stamps: their files, as they were before anything of them was read.
         provenance: what the index keeps of their origin.
     """
 
     widths: dict[str, int]
+    stamps: list[Stamp]
     provenance: dict[str, Any]
 
     def read(self, key: str) -> dict[str, np.ndarray]:
@@ -75,6 +78,7 @@ class CsvSource:
         self._texts = rows.texts(columns.text)
         self._labels = rows.labels(columns)
         self._features = features(self._ids) if features else None
+        self._stamps = [rows.stamp, *(self._features.stamps if self._features else ())]
         self.name = (table.resolve().parent.name.lower() if table.stem in NAMELESS else "") or table.stem
         self.classes: dict[str, int] = {}
         self.tasks = tuple(self._labels)
@@ -114,6 +118,10 @@ class CsvSource:
         held = self.provenance.get("held_out_videos")
         told = [f"valid is {self.counts['valid']} utterances of the held-out videos {', '.join(held)}"] if held else []
         return told + (self._features.notes() if self._features else [])
+
+    def unchanged(self) -> None:
+        for stamp in self._stamps:
+            stamp.check()
 
     def _hold_out(self, videos: list[str], wanted: int, seed: int) -> None:
         present = Counter(self._splits)
