@@ -193,6 +193,7 @@ def full(folder: Path, error: OSError) -> TransientError:
 
 
 def sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
+    seed %= 2**32  # of numpy, which Optuna takes it for
     if search == "tpe":
         # several are drawn before the first has a result: without the liar they would be drawn close together
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import DataError
+from mmsa_dist.errors import DataError, TransientError
 from mmsa_dist.metrics import is_better
 
 TRIAL, ERROR, RESULT = "trial.json", "error.json", "result.json"
@@ -94,6 +94,13 @@ def _read_outcome(folder: Path, monitor: str) -> Outcome:
         origin=(trial["from"]["trial"], trial["from"]["epoch"]) if "from" in trial else None,
         rates=tuple((epoch, rates) for epoch, rates in trial.get("rates", ())),
     )
+
+
+def may_go_on(folder: Path) -> bool:
+    """Whether a trial failed of what may be mended: a full disk, a server that was away."""
+    file, trial = folder / ERROR, run_folder.read_json(folder / TRIAL)
+    ended = (folder / RESULT).is_file() or "stopped" in trial or "chosen" in trial
+    return not ended and file.is_file() and run_folder.read_json(file).get("exit_code") == TransientError.exit_code
 
 
 def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:

@@ -41,7 +41,7 @@ LISTED = ("choice", "value", "together")
 NOT_SEARCHED = (
     *("system", "launch.", "tracking.", "checkpoint.", "data.path", "data.readers", "data.eval_batch_size"),
     *("train.epochs", "train.monitor", "train.test", "train.profile", "train.dry_run", "engine.zero", "seed"),
-    "optim.lr_from",
+    *("data.without", "data.quarantine", "optim.lr_from"),
 )
 """Keys that change no result, or by which trials are compared."""
 
@@ -316,7 +316,7 @@ def _read(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"search space {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"search space {path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"search space {path}: expected headings with keys under them, found {type(tree).__name__}")

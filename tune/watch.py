@@ -23,6 +23,7 @@ from tune.outcome import (
     STOPPED,
     TRIAL,
     Outcome,
+    may_go_on,
     read_outcome,
     read_outcomes,
     winner,
@@ -179,7 +180,7 @@ def spare_disk(trials_dir: Path, monitor: str) -> None:
     outcomes = read_outcomes(trials_dir, monitor)
     best = winner(outcomes, monitor)
     for outcome in outcomes:
-        if outcome.status in (DONE, STOPPED, FAILED) and outcome != best:
+        if outcome.status in (DONE, STOPPED, FAILED) and outcome != best and not may_go_on(outcome.folder):
             tested = (outcome.folder / "predictions" / "test.npz").is_file()
             for part in ("checkpoints", "ray") if tested else ("checkpoints", "best", "ray"):
                 shutil.rmtree(outcome.folder / part, ignore_errors=True)

@@ -3,6 +3,8 @@
 Shapes: N samples, R resamples.
 """
 
+import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ class Predictions:
                 if "tasks" in file:
                     return None
                 return cls(file["key"], file["y"], file["p"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: predictions cannot be read ({error}); remove the file, or train again") from error
 
 

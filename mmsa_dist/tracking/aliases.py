@@ -52,7 +52,10 @@ def promote_better(client: "MlflowClient", name: str, version: str, alias: str, 
             break
         if holder is not None and (note := _better(client, name, version, holder, alias, monitor)):
             return note
-        move(client, name, version, alias, holder, reason="asked for when it was trained")
+        reason = "asked for when it was trained"
+        if holder is not None and not _comparable(client, name, version, holder):
+            reason += f"; not compared with version {holder}, which learnt from other data"
+        move(client, name, version, alias, holder, reason=reason)
     better = put_right(
         client, name, alias, version, before, lambda mine, its: _better(client, name, mine, its, alias, monitor)
     )
@@ -125,7 +128,7 @@ def move(
         failed: checks that did not pass and were overruled.
     """
     told = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "at": datetime.now(UTC).isoformat(timespec="microseconds"),
         "by": user(),
         "from": holder or NOBODY,
         "forced": str(bool(failed)).lower(),
@@ -148,6 +151,11 @@ def user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # in a container that has no name for the user's number
         return "unknown"
+
+
+def _comparable(client: "MlflowClient", name: str, version: str, holder: str) -> bool:
+    mine, its = (client.get_model_version(name, v).tags.get("data.fingerprint") for v in (version, holder))
+    return bool(mine == its)
 
 
 def _better(client: "MlflowClient", name: str, version: str, holder: str, alias: str, monitor: str) -> str | None:

@@ -182,7 +182,8 @@ def _load_test(uri: str, request: "pd.DataFrame", expected: np.ndarray) -> None:
 
 
 def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe, uri: str, name: str) -> str:
-    """A new version of `name` from the logged model `uri`; gives its number."""
+    """A new version of `name` from the logged model `uri`, or the one that a call before this made of the run and was
+    killed before the run's folder said so; gives its number."""
     from mlflow.exceptions import MlflowException
 
     code = _code(client, link)
@@ -190,9 +191,11 @@ def _register(client: "MlflowClient", link: Link, run_dir: Path, recipe: Recipe,
     tags = version_tags(result, DataCard.load(run_dir), recipe, run_dir, weights_path(run_dir), code)
     with suppress(MlflowException):  # it exists already; if not, the next call says what is wrong
         client.create_registered_model(name)
-    with _global_store(link.uri):  # where the registry looks for the logged model
-        made = client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))
-    version = str(made.version)
+    known = [each for each in client.search_model_versions(f"run_id = '{link.run_id}'") if each.name == name]
+    if not known:
+        with _global_store(link.uri):  # where the registry looks for the logged model
+            known = [client.create_model_version(name, uri, link.run_id, tags, model_id=uri.removeprefix("models:/"))]
+    version = str(known[0].version)
     text = model_card.description(_card(run_dir, recipe, code), f"models:/{name}/{version}")
     client.update_model_version(name, version, text)
     return version

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import distribution, distributions
 from pathlib import Path
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from mmsa_dist.errors import TrainingError
 from mmsa_dist.predictor import Predictor
 from mmsa_dist.recipe import from_dict
-from mmsa_dist.tracking import finish_run, open_run
+from mmsa_dist.tracking import Link, finish_run, open_run
 from mmsa_dist.tracking.aliases import promote_better
 from mmsa_dist.tracking.models import code_paths, registered_name
 from shards.index import Index
@@ -220,6 +221,17 @@ def test_finishing_again_registers_nothing_again(tracked: Tracked) -> None:
     assert tracked.client.get_run(tracked.run_id).info.status == "FINISHED"
 
 
+def test_a_kill_between_registering_and_saying_so_registers_once(tracked: Tracked) -> None:
+    link = Link.load(tracked.folder)
+    assert link is not None
+    replace(link, model=None).save(tracked.folder)
+    try:
+        assert finish_run(tracked.folder, tracked.recipe) == tracked.published
+        assert len(tracked.client.search_model_versions("name = 'tiny'")) == 1
+    finally:
+        link.save(tracked.folder)
+
+
 def version_with(tracked: Tracked, name: str, mae: float, data: str = "same") -> str:
     """A version of the tracked model that claims this validation MAE."""
     if not tracked.client.search_registered_models(f"name = '{name}'"):
@@ -252,6 +264,8 @@ def test_models_of_other_data_cannot_be_compared_so_the_new_one_has_the_alias(tr
     promote_better(tracked.client, "other-data", old, "champion", "mae")
     assert promote_better(tracked.client, "other-data", new, "champion", "mae") is None
     assert holder(tracked, "other-data") == new
+    told = tracked.client.get_model_version("other-data", new).tags["promoted.champion.reason"]
+    assert told == f"asked for when it was trained; not compared with version {old}, which learnt from other data"
 
 
 def test_of_two_that_end_together_the_better_keeps_the_alias(tracked: Tracked) -> None:

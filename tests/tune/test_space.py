@@ -356,7 +356,10 @@ BAD = {
     ),
     "a:\n  optim.lr.audio, optim.lr.vsion: {together: [[1, 2]], source: s}": r"unknown key `optim.lr.vsion`; did you",
     "a:\n  optim.lr.audio, optim.lr.vision: {together: [[1, x]], source: s}": r"`optim.lr.vision`: .* found 'x'",
+    "a: {data.without: {choice: [[a], []], source: s}}": r"`data.without` cannot be searched",
+    "a: {data.quarantine: {choice: [true, false], source: s}}": r"`data.quarantine` cannot be searched",
     "a: [": r"is not YAML",
+    "[" * 5000: r"is not YAML",
 }
 
 

@@ -19,6 +19,7 @@ from mmsa_dist.tracking import Link, store
 from shards.index import Index
 from tests.mmsa_dist.conftest import free_port, tracking_server
 from tests.tune.sweeps import searched, tiny
+from tune import draw, resumed
 from tune.asked import SEARCHES, Asked
 from tune.course import for_trials
 from tune.draw import Drawing, grid, levels
@@ -383,6 +384,20 @@ def test_only_the_best_and_the_running_trials_keep_their_checkpoints(trials: Pat
     spare_disk(trials, "mae")
     kept = {folder.name for folder in trials.iterdir() if (folder / "checkpoints").is_dir()}
     assert kept == {"trial-002", "trial-004"}
+
+
+def test_what_may_be_mended_keeps_its_checkpoints_and_is_taken_up_by_resume(trials: Path) -> None:
+    full = trial(trials, 6, [2.0], error={"message": "No space left on device", "exit_code": 75})
+    assert [o.number for o in read_outcomes(trials, "mae") if o.status == FAILED] == [3, 5, 6]
+    spare_disk(trials, "mae")
+    assert (full / "checkpoints").is_dir()
+    resumed._take_up(trials)
+    statuses = {o.number: o.status for o in read_outcomes(trials, "mae")}
+    assert statuses == {1: DONE, 2: STOPPED, 3: FAILED, 4: INTERRUPTED, 5: FAILED, 6: INTERRUPTED}
+
+
+def test_any_seed_of_a_recipe_is_one_of_the_search() -> None:
+    assert all(draw.sampler(search, 2**63 - 1) for search in ("tpe", "random"))
 
 
 def test_the_table_shows_the_best_first_and_why_trials_failed(trials: Path, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ SEED = 20_240_601
 FEWEST = 3
 """Seeds that a test over them needs."""
 
+ROUNDING = 1e-9
+"""Differences that differ by less, beside the values, are equal: what is left is how 0.8 - 0.7 is rounded."""
+
 
 @dataclass(frozen=True)
 class OverSeeds:
@@ -60,7 +63,7 @@ def over_seeds(one: Mapping[int, float | None], other: Mapping[int, float | None
     differences = np.array([a - b for a, b in pairs if b is not None], dtype=np.float64)
     mean, count = float(differences.mean()), len(differences)
     spread = float(differences.std(ddof=1)) if count >= FEWEST else 0.0
-    if spread == 0.0:
+    if spread <= ROUNDING * max(1.0, *(abs(value) for pair in pairs for value in pair if value is not None)):
         return OverSeeds(count, mean, None)
     from scipy.special import stdtr
 

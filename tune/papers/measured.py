@@ -1,5 +1,7 @@
 """What the runs of a row have reached on the test split, read from the folders that they left."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mmsa_dist import run_folder
 from mmsa_dist.shares import Values
 from tune.outcome import RESULT
 from tune.papers.compared import Floats, errors
 from tune.papers.planned import PlannedRow
-from tune.papers.runs import DONE, Run, state, why_failed
+from tune.papers.runs import DONE, Run, damaged, read, state, why_failed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Measured:
         values = self.values(metric)
         return float(np.mean(values)) if values else None
 
+    def less(self, other: "Measured", metric: str) -> float | None:
+        """The mean difference to another row, over the seeds for which both are defined; None without one."""
+        pairs = [(test.get(metric), other.tests.get(seed, {}).get(metric)) for seed, test in self.tests.items()]
+        differences = [one - its for one, its in pairs if one is not None and its is not None]
+        return float(np.mean(differences)) if differences else None
+
     def deviation(self, metric: str) -> float | None:
         """Standard deviation over seeds, of a sample; None of fewer than two."""
         values = self.values(metric)
@@ -47,14 +54,22 @@ def measure(row: PlannedRow) -> Measured:
     """What there is of a row's runs now."""
     done = {run.seed: run for run in row.runs if state(run) == DONE}
     failed = {run.seed: f"{why} ({run.folder})" for run in row.runs if (why := why_failed(run)) is not None}
-    tests = {seed: dict(run_folder.read_json(run.folder / RESULT)["test"]) for seed, run in done.items()}
+    tests = {seed: dict(read(run.folder / RESULT, "test")) for seed, run in done.items()}
     return Measured(row.name, tests, {seed: run.folder for seed, run in done.items()}, failed)
 
 
 def predictions(folder: Path) -> tuple[list[str], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Keys, truth and predictions of a run's test split."""
-    with np.load(folder / "predictions" / "test.npz", allow_pickle=False) as file:
-        return file["key"].tolist(), file["y"], file["p"]
+    """Keys, truth and predictions of a run's test split.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    path = folder / "predictions" / "test.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["key"].tolist(), file["y"], file["p"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(path, error) from error
 
 
 def error_differences(one: Measured, other: Measured, kind: str) -> Floats | None:
@@ -83,7 +98,7 @@ def sentence(run: Run, monitor: str) -> str:
     """What a run that is done has reached, for a line of progress."""
     from mmsa_dist.report import label, value_text
 
-    result = run_folder.read_json(run.folder / RESULT)
+    result = read(run.folder / RESULT)
     shown = monitor if monitor in result["test"] else next(iter(result["test"]))
     reached = value_text(shown, result["test"][shown])
     return f"test {label(shown)[:-2]} {reached}, of epoch {result['best_epoch']} of {result['epochs']}"

@@ -215,6 +215,8 @@ def _checked(asked: Asked, row: Row, name: str, data: str, index: AnyIndex) -> t
     recipe = _recipe(asked, row, name, data)
     if recipe.launch.launcher != "ray":
         raise ConfigError(f"--launcher {recipe.launch.launcher}: reproductions run on Ray; leave --launcher out")
+    if recipe.seed + asked.seeds > 2**63:
+        raise ConfigError(f"--seed {recipe.seed}: {asked.seeds} seeds from there on go beyond 2^63 - 1")
     if recipe.launch.min_workers is not None:
         raise ConfigError("--workers: the runs of a table all have the same number of workers; give one number")
     if not recipe.train.test:

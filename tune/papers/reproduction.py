@@ -39,16 +39,17 @@ def reproduce(planned: Planned, most: int | None = None) -> dict[str, Measured]:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"table {planned.asked.number} of {planned.asked.paper.paper}, {DATA[planned.data]}: {folder}")
     print(estimate(planned, most), flush=True)
-    left = missing(planned)
-    if left:
+    if missing(planned):
         with run_folder.locked(planned.asked.where):
-            _train(planned, left, folder, most)
-    for run in planned.runs:
-        if state(run) == DONE:
-            _close(run)  # of a call that was killed before it could, too
-    measured = {row.name: measure(row) for row in planned.trained}
-    shown = page(planned, measured)
-    _keep(planned, folder, shown, measured)
+            if left := missing(planned):  # whoever held it may have trained them
+                _train(planned, left, folder, most)
+    with run_folder.locked(folder):
+        for run in planned.runs:
+            if state(run) == DONE:
+                _close(run)  # of a call that was killed before it could, too
+        measured = {row.name: measure(row) for row in planned.trained}
+        shown = page(planned, measured)
+        _keep(planned, folder, shown, measured)
     console.print(on_terminal(shown))
     print(f"the same as files: {folder / 'table.md'}, {folder / 'table.html'}; pictures in {folder / 'pictures'}")
     if not any(each.tests for each in measured.values()):

@@ -14,7 +14,8 @@ from typing import Any
 import mmsa_dist
 import shards
 from mmsa_dist import run_folder, session
-from mmsa_dist.errors import TransientError
+from mmsa_dist.errors import DataError, TransientError
+from mmsa_dist.layers import hub
 from mmsa_dist.recipe import RESUMABLE, Recipe, flatten
 from shards.mix import AnyIndex
 from tune.outcome import ERROR, RESULT, best_so_far
@@ -82,16 +83,17 @@ def code_version() -> str:
     return f"{version}+{digest(sources)}"
 
 
-ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.bpe", "*.safetensors")
 """What an encoder is made of, in a local folder; ``*.bin`` where it has no safetensors."""
 
 
 @cache
 def encoder_version(encoder: str) -> str:
-    """A local encoder by what is in its files, wherever it lies; one of the hub by its name."""
-    folder = Path(encoder)
-    if not folder.is_dir():
+    """A local encoder, of a package too, by what is in its files, wherever it lies; one of the hub by its name."""
+    place, local = hub.locate(encoder)
+    if not local:
         return encoder
+    folder = Path(place)
     files = [path for pattern in ENCODER_FILES for path in folder.glob(pattern)]
     if not any(path.suffix == ".safetensors" for path in files):
         files += folder.glob("*.bin")
@@ -115,20 +117,41 @@ def state(run: Run) -> str:
     """`DONE`, `FAILED` for a reason that will be the same again, `HALF` where it has begun, else `MISSING`."""
     if (run.folder / RESULT).is_file():
         return DONE
-    if (error := _error(run)) and error["exit_code"] != TransientError.exit_code:
+    if (error := _error(run)) and error.get("exit_code") != TransientError.exit_code:
         return FAILED
     return HALF if (run.folder / "plan.json").is_file() else MISSING
+
+
+def read(file: Path, *keys: str) -> Any:
+    """What a run has written, or a part of it.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        found = run_folder.read_json(file)
+        for key in keys:
+            found = found[key]
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> DataError:
+    """What to raise of a file of a run that cannot be read."""
+    run = next((each for each in file.parents if (each / "recipe.yaml").is_file()), file.parent)
+    return DataError(f"{file}: is damaged ({error}); remove {run}, and the run is trained again")
 
 
 def why_failed(run: Run) -> str | None:
     """The sentence that it left; None where it did not fail."""
     error = None if (run.folder / RESULT).is_file() else _error(run)
-    return str(error["message"]) if error else None
+    return str(error.get("message", "it left no reason")) if error else None
 
 
 def _error(run: Run) -> dict[str, Any] | None:
     file = run.folder / ERROR
-    error = dict(run_folder.read_json(file)) if file.is_file() else {}
+    error = dict(read(file)) if file.is_file() else {}
     return error if error.get(ENDED) else None
 
 

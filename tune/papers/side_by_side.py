@@ -64,19 +64,18 @@ def _reached(ours: Measured, column: str) -> str:
         return NONE
     times, places = scale(column), digits(column)
     shown = f"{times * mean:.{places}f}"
-    return shown if deviation is None else f"{shown} ± {times * deviation:.{places}f}"
+    shown += "" if deviation is None else f" ± {times * deviation:.{places}f}"
+    defined, seeds = len(ours.values(column)), len(ours.tests)
+    return shown if defined == seeds else f"{shown} ({defined} of {seeds})"
 
 
 def _means(
     table: Table, row: PlannedRow, measured: Mapping[str, Measured], columns: Sequence[str]
 ) -> dict[str, float | None]:
-    """By how much the paper's own system differs from a row, here."""
+    """By how much the paper's own system differs from a row, here, over the seeds that both have."""
     assert table.own is not None
-    own, found = measured.get(table.own), {}
-    for column in columns:
-        one, other = own.mean(column) if own else None, measured[row.name].mean(column)
-        found[column] = None if one is None or other is None else one - other
-    return found
+    own, its = measured.get(table.own), measured[row.name]
+    return {column: None if own is None else own.less(its, column) for column in columns}
 
 
 def _less(ours: float | None, figures: Figures, column: str) -> str:

@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmsa_dist import run_folder
-from mmsa_dist.errors import ConfigError, TransientError
+from mmsa_dist.errors import MmsaError, TransientError
 from shards.mix import AnyIndex
 from shards.progress import console, remarks
 from tune.outcome import ERROR, RESULT, TRIAL
@@ -47,12 +47,13 @@ class Listed(Searcher):
         if not self._left:
             return str(Searcher.FINISHED)
         run = self._left.pop(0)
-        values = {"folder": str(run.folder)}
+        values: dict[str, Any] = {"folder": str(run.folder)}
         try:
             begin(run, self._index)
-        except (ConfigError, TransientError) as error:
+        except (MmsaError, OSError) as error:
             run.folder.mkdir(parents=True, exist_ok=True)
-            values["error"] = str(error)
+            code = error.exit_code if isinstance(error, MmsaError) else TransientError.exit_code
+            values |= {"error": str(error), "exit_code": code}
         run_folder.write_json(run.folder / TRIAL, {"trial": trial_id, "number": run.seed, "values": {"row": run.row}})
         return values
 
