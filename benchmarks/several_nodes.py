@@ -7,7 +7,7 @@ its cores, it is CPU-seconds and bytes that say something here, not speed-up.
   1: and the weights gathered again) come to by formula, 2 (N - 1) / N x 4 bytes a number and node.
 - CPU-seconds a sample: of the ranks' processes, beside those of one node. Communication is booked from the ranks' own
   traces: for how long of a step one has a collective under way.
-- `mmsa-dist submit` to the first step, beside `mmsa-dist train --address` on the same head, in turn.
+- `mmsa-dist submit` to the first step, beside `mmsa-dist train` on the same head, in turn.
 - Following a log: CPU-seconds of the command that follows and of the head, a thousand lines.
 """
 
@@ -187,7 +187,7 @@ def learning(folder: Path) -> int:
 
 
 def sent_to_a_head(folder: Path, repeats: int) -> tuple[list[float], list[float], dict[str, dict[str, float]]]:
-    """Seconds until the first step of `submit` and of `train --address` in turn; CPU-seconds of a log that is followed
+    """Seconds until the first step of `submit` and of `train` in turn; CPU-seconds of a log that is followed
     and of one that is not."""
     with Network() as network:
         head = network.node("head")
@@ -272,7 +272,7 @@ def rows_of_submitting(submitted: list[float], direct: list[float], followed: di
     more = followed["followed"]["head"] - followed["detached"]["head"]
     return [
         Row("`mmsa-dist submit` to the job's first step", statistics.median(submitted), "s", how=how, headline=True),
-        Row("`mmsa-dist submit` / `mmsa-dist train --address`, to the first step",
+        Row("`mmsa-dist submit` / `mmsa-dist train` on that head, to the first step",
             statistics.median(submitted) / statistics.median(direct), "x", how=how),
         Row("following a log: CPU of the command, a thousand lines", 1e3 * followed["followed"]["command"] / LINES, "s",
             how=f"{LINES:,} lines, one every 4 ms; imports too"),

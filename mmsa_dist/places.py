@@ -184,6 +184,8 @@ def queued(launch: LaunchConfig) -> str | None:
     import ray
     from ray.util import placement_group_table
 
+    if not ray.is_initialized():  # else the next call would begin a cluster
+        return None
     if all(group["state"] != "PENDING" for group in placement_group_table().values()):
         return None
     free, has = ray.available_resources(), ray.cluster_resources()
