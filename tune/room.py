@@ -44,6 +44,8 @@ def joined(recipe: Recipe, most: int | None = None) -> Room:
     Raises:
         ConfigError: not even one trial fits.
     """
+    if places.cluster_address(recipe) is None:
+        print("starting a Ray cluster on this machine", flush=True)
     places.connect(recipe, dashboard=True)  # with its state API Ray Train tidies up after killed trials, mostly
     room = Room(recipe.launch, most)
     say_if_busy(recipe.launch, room.count())

@@ -86,7 +86,10 @@ class Watch(Callback):
         folder = Path(trial.config["folder"])
         if folder in self._running:
             console.print(f"trial {self._running[folder].number} of {self.trials}  its process ended; it goes on")
-        self._running[folder] = read_outcome(folder, self.monitor)
+        seen = self._running[folder] = read_outcome(folder, self.monitor)
+        if self._live is None:
+            drawn = ", ".join(f"{key} {value_of(value)}" for key, value in seen.values.items())
+            console.print(f"trial {seen.number} of {self.trials}  begins: {drawn}", soft_wrap=True)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if EPOCH not in result:
@@ -172,6 +175,11 @@ class Watch(Callback):
         shown = value_text(self.monitor, outcome.best)
         after = "" if outcome.status == DONE else f" after {outcome.epochs} of {self.epochs} epochs"
         return f"{head}{after}: valid {self.monitor} {shown}"
+
+
+def value_of(value: Any) -> str:
+    """A drawn value as a person reads it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def spare_disk(trials_dir: Path, monitor: str) -> None:

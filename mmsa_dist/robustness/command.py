@@ -20,6 +20,7 @@ from mmsa_dist.robustness.damage import KINDS, Damage
 from shards.command_line import parsed
 from shards.options import option
 from shards.progress import console, remarks, track
+from shards.suggest import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +126,7 @@ def _run(options: Options) -> int:
         save(picture(found, metric, title), options.to / "robustness.png")
     console.print(table(found, metric, title))
     remarks.print(
-        f"{found.samples:,} samples, {options.seeds} draws of each; all metrics are in "
+        f"{found.samples:,} samples, {counted(options.seeds, 'draw')} of each; all metrics are in "
         f"{options.to / 'robustness.csv'}, curves in {options.to / 'robustness.png'}",
         soft_wrap=True,
     )

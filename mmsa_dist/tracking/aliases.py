@@ -18,6 +18,8 @@ PROMOTED = "promoted."
 ``.from`` (version that held the alias, or none), ``.forced``, ``.reason``, ``.failed`` (checks that were overruled)."""
 
 NOBODY = "none"
+MOMENT = 30.0
+"""Seconds within which promotions are of the same moment: from a record to the move of the alias, and clocks apart."""
 
 
 def check_alias(alias: str) -> None:
@@ -87,7 +89,8 @@ def put_right(
     the last move of all, whoever made it, has seen every record, and is to the best.
 
     Args:
-        before: `records` when `version` was judged.
+        before: `records` when `version` was judged. What was recorded within a `MOMENT` may have been recorded by then
+            and its alias not yet moved, so it counts all the same.
         kept: of two versions, why the second keeps the alias; None where it does not.
 
     Returns:
@@ -97,12 +100,20 @@ def put_right(
     while True:
         best, why = version, ""
         for rival, record in records(client, name, alias).items():
-            if rival != version and record != before.get(rival, {}) and (note := kept(best, rival)):
+            new = record != before.get(rival, {}) or _lately(record.get(f"{PROMOTED}{alias}.at"))
+            if rival != version and new and (note := kept(best, rival)):
                 best, why = rival, note
         if best == moved_to:
             return None if best == version else (best, kept(version, best) or why)
         client.set_registered_model_alias(name, alias, best)
         moved_to = best
+
+
+def _lately(at: str | None) -> bool:
+    try:
+        return at is not None and abs((datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()) < MOMENT
+    except (ValueError, TypeError):  # written by somebody else
+        return False
 
 
 def holder_of(client: "MlflowClient", name: str, alias: str) -> str | None:
