@@ -157,6 +157,8 @@ def test_no_such_file_paper_or_table_is_one_sentence(tmp_path: Path) -> None:
         paper_of("mult")
     with pytest.raises(ConfigError, match=r"--table 12: Zhou and Li has none.*\(valid: 3, 4, 5, 6\)"):
         paper_of("iam").table("12")
+    with pytest.raises(ConfigError, match=r"--table 99: .* has none \(valid: 3, 4, 5, 7, 8, 9, 10\)"):
+        paper_of("ufen_mtfn").table("99")
 
 
 def test_files_are_named_by_their_system() -> None:
