@@ -141,7 +141,7 @@ def test_the_same_command_again_trains_nothing(reproduced: Reproduced, capsys: p
     out = capsys.readouterr().out
     assert "4 runs: 4 done\n" in out and "begins" not in out
     changed = [file for file, at in before.items() if file.stat().st_mtime_ns != at]
-    assert {file.name for file in changed} <= {"table.md", "table.html", "reproduction.json"}
+    assert {file.name for file in changed} <= {"table.md", "table.html", "reproduction.json", ".lock"}
     assert (reproduced.folder / "reproduction.json").read_bytes() == record
 
 
