@@ -285,13 +285,14 @@ def _same(command: list[str], run: Path) -> bool:
 def _meant(command: list[str]) -> list[str]:
     """The words of a command that decide what comes out."""
     kept: list[str] = []
-    words = iter([part for word in command for part in _parts(word)])
-    for word in words:
-        if word in PLACES or word.startswith(ABOUT):
-            if not word.startswith(("--tracking.no-", "--checkpoint.no-")):
-                next(words, None)
-        else:
+    before = ""
+    for word in (part for each in command for part in _parts(each)):
+        option = word.startswith("--")
+        about = before if not option else word  # a value belongs to the option before it
+        switch = before.startswith(("--tracking.no-", "--checkpoint.no-")) and not option
+        if switch or not (about in PLACES or about.startswith(ABOUT)):
             kept.append(word)
+        before = word if option else ""
     return kept
 
 

@@ -30,7 +30,7 @@ class Outcome:
         best: its best validation result, at `best_epoch`; None where there is none.
         epochs: how many it ran.
         metrics: all validation metrics of its best epoch. parameters: that it learns, where its recipe could be made.
-        error: why it failed, in a sentence.
+        error: why it failed, in a sentence. exit_code: which kind of error it was.
         origin: the trial whose copy it began as, and after which epoch; None of one that was drawn.
         rates: of such a one the learning rates that its weights had, by dotted key, each from an epoch (from 1) on.
     """
@@ -47,6 +47,12 @@ class Outcome:
     parameters: int | None = None
     origin: tuple[int, int] | None = None
     rates: tuple[tuple[int, dict[str, float]], ...] = ()
+    exit_code: int | None = None
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it failed of what may be mended: a full disk, a server that was away."""
+        return self.status == FAILED and self.exit_code == TransientError.exit_code
 
 
 def read_outcome(folder: Path, monitor: str) -> Outcome:
@@ -66,7 +72,7 @@ def read_outcome(folder: Path, monitor: str) -> Outcome:
 
 def _read_outcome(folder: Path, monitor: str) -> Outcome:
     trial = run_folder.read_json(folder / TRIAL)
-    error = None
+    error: dict[str, Any] = {}
     chosen = trial.get("chosen")  # as the winner; what it does later is no part of the search
     if chosen:
         status = chosen["status"]
@@ -75,7 +81,7 @@ def _read_outcome(folder: Path, monitor: str) -> Outcome:
     elif "stopped" in trial:  # what its processes say of being killed then is no failure
         status = STOPPED
     elif (folder / ERROR).is_file():
-        status, error = FAILED, run_folder.read_json(folder / ERROR)["message"]
+        status, error = FAILED, dict(run_folder.read_json(folder / ERROR))
     else:
         status = INTERRUPTED
     until = chosen["epochs"] if chosen else trial.get("stopped") if status == STOPPED else None
@@ -88,19 +94,13 @@ def _read_outcome(folder: Path, monitor: str) -> Outcome:
         best=reached.value,
         best_epoch=reached.epoch,
         epochs=reached.epochs,
-        error=error,
+        error=error["message"] if error else None,
+        exit_code=error.get("exit_code"),
         metrics=reached.metrics,
         parameters=trial.get("parameters"),
         origin=(trial["from"]["trial"], trial["from"]["epoch"]) if "from" in trial else None,
         rates=tuple((epoch, rates) for epoch, rates in trial.get("rates", ())),
     )
-
-
-def may_go_on(folder: Path) -> bool:
-    """Whether a trial failed of what may be mended: a full disk, a server that was away."""
-    file, trial = folder / ERROR, run_folder.read_json(folder / TRIAL)
-    ended = (folder / RESULT).is_file() or "stopped" in trial or "chosen" in trial
-    return not ended and file.is_file() and run_folder.read_json(file).get("exit_code") == TransientError.exit_code
 
 
 def read_outcomes(trials_dir: Path, monitor: str) -> list[Outcome]:

@@ -14,7 +14,7 @@ from mmsa_dist.errors import ConfigError
 from mmsa_dist.recipe import Recipe, read_recipe
 from tune.asked import Asked
 from tune.course import carry_out, connected, ended, exportable
-from tune.outcome import ERROR, TRIAL, may_go_on
+from tune.outcome import ERROR, TRIAL, read_outcomes
 from tune.space import Space
 
 
@@ -54,7 +54,7 @@ def resume(options: argparse.Namespace, system: str | None, overrides: Sequence[
     with run_folder.locked(folder):
         room = connected(recipe, asked)
         _remove_unbegun(folder / "trials")
-        _take_up(folder / "trials")
+        _take_up(folder / "trials", recipe.train.monitor)
         if asked.trials > before.trials and (note := reopened(folder)):
             print(f"note: {note}", flush=True)
         asked.write(folder)
@@ -97,11 +97,11 @@ def _remove_unbegun(trials_dir: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _take_up(trials_dir: Path) -> None:
+def _take_up(trials_dir: Path, monitor: str) -> None:
     """Trials that failed of what may be mended by now go on from their checkpoints."""
-    for file in trials_dir.glob(f"*/{TRIAL}"):
-        if may_go_on(file.parent):
-            (file.parent / ERROR).unlink()
+    for outcome in read_outcomes(trials_dir, monitor):
+        if outcome.may_go_on:
+            (outcome.folder / ERROR).unlink()
 
 
 def _named(name: str, runs_dir: Path) -> Path:

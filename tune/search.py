@@ -48,7 +48,7 @@ def search(
     drawing = Drawing(space, recipe, folder / "trials", asked, before)
     scheduler = make_scheduler(asked, recipe.train.epochs, drawing.mode)
     replay(scheduler, before, recipe.train.monitor)
-    watch = Watch(folder / "trials", recipe.train.monitor, recipe.train.epochs, drawing.total)
+    watch = Watch(folder / "trials", recipe.train.monitor, recipe.train.epochs, drawing.total, space=drawing.space)
     if drawing.left:
         run(drawing, scheduler, watch, recipe, folder, count=drawing.left, room=room)
 

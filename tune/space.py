@@ -187,6 +187,10 @@ class Space:
                 )
         return cls(system, tuple(_knobs(_read(path), system, str(path))), str(path))
 
+    def told(self, values: Mapping[str, Any]) -> str:
+        """What was drawn, in a line."""
+        return " · ".join(f"{knob.short} {knob.text(values)}" for knob in self.knobs)
+
     def checked(self, recipe: Recipe) -> "Space":
         """Itself, after every value was tried in `recipe`.
 

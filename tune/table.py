@@ -41,7 +41,7 @@ def trials_table(outcomes: Sequence[Outcome], space: Space, wanted: Sequence[str
     ranked = sorted(outcomes, key=lambda each: _rank(each, wanted[0]))
     for each in ranked[:SHOWN]:
         shown = [knob.text(each.values) for knob in knobs]
-        named = " · ".join(f"{knob.short} {value}" for knob, value in zip(knobs, shown, strict=True))
+        named = space.told(each.values)
         table.add_row(
             f"{each.number}{' *' if each == best else ''}{' o' if each in front else ''}",
             *([named] if wide else shown),

@@ -23,13 +23,13 @@ from tune.outcome import (
     STOPPED,
     TRIAL,
     Outcome,
-    may_go_on,
     read_outcome,
     read_outcomes,
     winner,
 )
 from tune.record import record_trial
 from tune.reserved import Reserved
+from tune.space import Space
 from tune.trial import EPOCH
 
 PER_SECOND = 2
@@ -46,11 +46,21 @@ class Watch(Callback):
         trials_dir: where the folders of the trials are.
         monitor: the validation metric that is shown. epochs: that a trial runs at most.
         trials: how many there will be in all. spare: whether only the best one keeps its checkpoints.
+        space: from which their values are drawn.
     """
 
-    def __init__(self, trials_dir: Path, monitor: str, epochs: int, trials: int, *, spare: bool = True) -> None:
+    def __init__(
+        self,
+        trials_dir: Path,
+        monitor: str,
+        epochs: int,
+        trials: int,
+        *,
+        spare: bool = True,
+        space: Space | None = None,
+    ) -> None:
         self.trials_dir, self.monitor, self.epochs = trials_dir, monitor, epochs
-        self.trials, self.spare = trials, spare
+        self.trials, self.spare, self.space = trials, spare, space
         self._reserved = Reserved()
         self._live: Live | None = None
         self._running: dict[Path, Outcome] = {}
@@ -88,8 +98,8 @@ class Watch(Callback):
             console.print(f"trial {self._running[folder].number} of {self.trials}  its process ended; it goes on")
         seen = self._running[folder] = read_outcome(folder, self.monitor)
         if self._live is None:
-            drawn = ", ".join(f"{key} {value_of(value)}" for key, value in seen.values.items())
-            console.print(f"trial {seen.number} of {self.trials}  begins: {drawn}", soft_wrap=True)
+            drawn = f": {self.space.told(seen.values)}" if self.space else ""
+            console.print(f"trial {seen.number} of {self.trials}  begins{drawn}", soft_wrap=True)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if EPOCH not in result:
@@ -177,18 +187,13 @@ class Watch(Callback):
         return f"{head}{after}: valid {self.monitor} {shown}"
 
 
-def value_of(value: Any) -> str:
-    """A drawn value as a person reads it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def spare_disk(trials_dir: Path, monitor: str) -> None:
     """Removes the checkpoints of all trials that ended, but the best one's: fifty of BERT's would need 100 GB. One that
     was the winner before more trials were asked for keeps its best weights: it was tested, and may be registered."""
     outcomes = read_outcomes(trials_dir, monitor)
     best = winner(outcomes, monitor)
     for outcome in outcomes:
-        if outcome.status in (DONE, STOPPED, FAILED) and outcome != best and not may_go_on(outcome.folder):
+        if outcome.status in (DONE, STOPPED, FAILED) and outcome != best and not outcome.may_go_on:
             tested = (outcome.folder / "predictions" / "test.npz").is_file()
             for part in ("checkpoints", "ray") if tested else ("checkpoints", "best", "ray"):
                 shutil.rmtree(outcome.folder / part, ignore_errors=True)

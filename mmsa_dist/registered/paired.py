@@ -3,8 +3,6 @@
 Shapes: N samples, R resamples.
 """
 
-import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmsa_dist.errors import DataError
+from shards.sources.arrays import DAMAGE
 
 RESAMPLES = 10_000
 AT_ONCE = 1 << 22
@@ -48,7 +47,7 @@ class Predictions:
                 if "tasks" in file:
                     return None
                 return cls(file["key"], file["y"], file["p"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (KeyError, *DAMAGE) as error:
             raise DataError(f"{path}: predictions cannot be read ({error}); remove the file, or train again") from error
 
 

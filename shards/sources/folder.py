@@ -116,10 +116,10 @@ class Files:
                     f"{m}: {sum(alike.values()):,} utterances share their file with others, e.g. {next(iter(alike))}; "
                     "see --files"
                 )
-        files = {path for its in self._there.values() for path in its.values()}
-        self.stamps = [Stamp.of(folder / path) for path in sorted(files)]
+        files = sorted({path for its in self._there.values() for path in its.values()})
+        self.stamps = [Stamp.of(folder / path) for path in files]
         self.widths = {modality: self._width(modality) for modality in wanted}
-        self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest()}
+        self.provenance: dict[str, Any] = {"features_folder": folder.name, "features_sha256": self._digest(files)}
 
     def read(self, key: str) -> dict[str, np.ndarray]:
         """modality -> (T, D) float32 of the utterance; one without a file is absent."""
@@ -193,10 +193,10 @@ class Files:
 
     # --- all of them
 
-    def _digest(self) -> str:
+    def _digest(self, files: list[str]) -> str:
         """sha256 of all names and contents."""
         digest = hashlib.sha256()
-        for path in sorted({path for its in self._there.values() for path in its.values()}):
+        for path in files:
             try:
                 digest.update(f"{path}\0{sha256_of(self._folder / path)}\n".encode())
             except OSError as error:

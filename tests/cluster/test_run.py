@@ -65,6 +65,12 @@ def test_a_run_of_another_command_is_left_alone(done: bool, tmp_path: Path, caps
     assert "is of this command: a new one begins" in capsys.readouterr().out
 
 
+def test_an_option_that_takes_no_value_hides_none_of_the_next(tmp_path: Path) -> None:
+    begun(tmp_path, "other", 5, command=[*TRAIN, "--tracking.enabled", "--seed", "2"])
+    command = [*TRAIN, "--tracking.enabled", "--epochs", "2", "--runs-dir", str(tmp_path)]
+    assert continued(command) == command
+
+
 def test_what_changes_no_result_may_differ(tmp_path: Path) -> None:
     began = ["train", "ufen_mtfn", "--data=d", "--recipe", "mosi", "--workers", "2", "--checkpoint.every-seconds", "60"]
     run = begun(tmp_path, "mine", 5, command=[*began, "--launch.timeout=9", "--tracking.no-enabled"])

@@ -391,7 +391,7 @@ def test_what_may_be_mended_keeps_its_checkpoints_and_is_taken_up_by_resume(tria
     assert [o.number for o in read_outcomes(trials, "mae") if o.status == FAILED] == [3, 5, 6]
     spare_disk(trials, "mae")
     assert (full / "checkpoints").is_dir()
-    resumed._take_up(trials)
+    resumed._take_up(trials, "mae")
     statuses = {o.number: o.status for o in read_outcomes(trials, "mae")}
     assert statuses == {1: DONE, 2: STOPPED, 3: FAILED, 4: INTERRUPTED, 5: FAILED, 6: INTERRUPTED}
 

@@ -1,7 +1,5 @@
 """What the runs of a row have reached on the test split, read from the folders that they left."""
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmsa_dist.shares import Values
+from shards.sources.arrays import DAMAGE
 from tune.outcome import RESULT
 from tune.papers.compared import Floats, errors
 from tune.papers.planned import PlannedRow
@@ -68,7 +67,7 @@ def predictions(folder: Path) -> tuple[list[str], npt.NDArray[np.float32], npt.N
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["key"].tolist(), file["y"], file["p"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (KeyError, *DAMAGE) as error:
         raise damaged(path, error) from error
 
 
